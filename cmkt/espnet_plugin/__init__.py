@@ -1,0 +1,1 @@
+"""The ESPnet task, model and separator taps of CMKT."""

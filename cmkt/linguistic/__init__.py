@@ -1,0 +1,1 @@
+"""Language-model features of transcripts."""
