@@ -1,0 +1,83 @@
+"""The ESPnet task: stock enhancement plus the keys `transfer` and `transfer_conf`."""
+
+import argparse
+
+from espnet2.tasks.enh import EnhancementTask
+from espnet2.utils.nested_dict_action import NestedDictAction
+from typeguard import TypeCheckError
+
+import cmkt.espnet_plugin.data  # noqa: F401  registers the data type linguistic_ark
+from cmkt.errors import CmktError
+from cmkt.espnet_plugin.model import TransferEnhancementModel, add_transfer
+
+
+class TransferEnhancementTask(EnhancementTask):
+    """`EnhancementTask` whose model can learn from the linguistic sequence of an utterance."""
+
+    @classmethod
+    def add_task_arguments(cls, parser: argparse.ArgumentParser):
+        """Add ESPnet's arguments and ours."""
+        super().add_task_arguments(parser)
+        group = parser.add_argument_group("Cross-modality transfer")
+        group.add_argument(
+            "--transfer",
+            choices=["none", "cmkt"],
+            default="none",
+            help="Align the separator with token embeddings of the transcript (docs/method.md)",
+        )
+        group.add_argument(
+            "--transfer_conf",
+            action=NestedDictAction,
+            default={},
+            help="tap, alpha, reduction, alignment, misalignment, linguistic_dim",
+        )
+        group.add_argument(
+            "--linguistic_meta",
+            action=NestedDictAction,
+            default={},
+            help="What the store of --llm_dir says of itself; recorded, not used",
+        )
+
+    @classmethod
+    def optional_data_names(cls, train: bool = True, inference: bool = False):
+        """Name the data that may be given; the linguistic sequence never at inference."""
+        names = super().optional_data_names(train, inference)
+        return names if inference else (*names, "linguistic")
+
+    @classmethod
+    def check_required_command_args(cls, args: argparse.Namespace):
+        """Refuse settings that cannot work, before anything is read."""
+        super().check_required_command_args(args)
+        if args.transfer == "none" or args.collect_stats:
+            return
+        for mode in ("train", "valid"):
+            kind = getattr(args, "valid_iterator_type", None) if mode == "valid" else None
+            kind = kind or args.iterator_type
+            if "chunk" in kind:
+                raise CmktError(
+                    f"iterator_type {kind} cuts utterances, a transcript belongs to a whole one",
+                    args.config,
+                    remedy="use iterator_type: sequence, or transfer: none",
+                )
+            data = getattr(args, f"{mode}_data_path_and_name_and_type")
+            if "linguistic" not in [name for _, name, _ in data]:
+                raise CmktError(
+                    f"transfer is on but the {mode} data has no `linguistic`",
+                    args.config,
+                    remedy="give --llm_dir, or "
+                    f"--{mode}_data_path_and_name_and_type SCP,linguistic,linguistic_ark",
+                )
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> TransferEnhancementModel:
+        """Build the stock model first, so that its initialisation is unchanged, then ours."""
+        try:
+            model = super().build_model(args)
+        except (TypeError, ValueError, TypeCheckError, AttributeError) as error:
+            raise CmktError(
+                f"the model cannot be built: {error}",
+                getattr(args, "config", None),
+                remedy="`cmkt train --print_config` lists the keys of every part",
+            ) from error
+        conf = args.transfer_conf if args.transfer == "cmkt" else None
+        return add_transfer(model, args.separator, conf, args.model_conf)

@@ -1,0 +1,250 @@
+"""Collect statistics (--collect_stats true, stage 4) or train (stage 5).
+
+Every option of ESPnet's `enh_train` is taken as well (`--max_epoch 3`, `--ngpu 1`, `--init_param`,
+...); `cmkt train --print_config` lists them all. The options below spare writing out ESPnet's
+data triplets; those can be given instead. Training goes on from its last epoch when it was
+killed; with other data or settings, the old experiment is moved aside and training starts anew.
+"""
+
+import difflib
+import logging
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import yaml
+
+from cmkt.errors import CmktError
+from cmkt.stage import MARKER, Stage
+
+PASS_THROUGH = True
+
+# What may change between two runs of one training without making it another training.
+NOT_IDENTITY = {"max_epoch", "ngpu", "num_workers", "log_interval", "log_level"}
+
+
+def add_arguments(parser):
+    """Add the options of `cmkt train`."""
+    parser.add_argument(
+        "--config", type=Path, help="training YAML, for example conf/train_blstm.yaml"
+    )
+    parser.add_argument("--output_dir", type=Path, help="experiment or statistics folder")
+    parser.add_argument("--train_dir", type=Path, help="mixture directory to train on (stage 2)")
+    parser.add_argument("--valid_dir", type=Path, help="mixture directory to validate on (stage 2)")
+    parser.add_argument("--llm_dir", type=Path, help="linguistic stores dump/llm/<tag> (stage 3)")
+    parser.add_argument("--stats_dir", type=Path, help="folder of --collect_stats (stage 4)")
+    parser.add_argument("--collect_stats", default="false", choices=["true", "false"],
+                        help="only collect utterance lengths (default: false)")  # fmt: skip
+
+
+def run(args, rest: list[str]) -> None:
+    """Run `cmkt train`.
+
+    Args:
+        args: the options of `add_arguments`.
+        rest: ESPnet's options.
+
+    Raises:
+        CmktError: bad settings or missing inputs, before any data is read.
+    """
+    if "--print_config" in rest:
+        _task().main(cmd=["--print_config"])
+    if args.output_dir is None:
+        raise CmktError("--output_dir is not given")
+    collect = args.collect_stats == "true"
+    config = _read_config(args.config)
+    transfer = config.get("transfer") == "cmkt" and not collect
+    command, inputs = _espnet_command(args, rest, transfer, collect)
+    options = {"config": config, **_pairs(rest)}
+    stage = Stage(args.output_dir, inputs, {**options, "collect_stats": collect})
+    if stage.is_done():
+        print(f"{args.output_dir}: up to date")
+        return
+    task = _task()
+    parsed = _parse(task, command, args.config)
+    if transfer and args.llm_dir:
+        from cmkt.linguistic.store import read_meta, require_same_meta
+
+        stores = [args.llm_dir / folder.name for folder in (args.train_dir, args.valid_dir)]
+        require_same_meta(*stores)
+        meta = read_meta(stores[0])
+        parsed.linguistic_meta = meta
+        parsed.transfer_conf = {**parsed.transfer_conf, "linguistic_dim": meta["dimension"]}
+    if collect:
+        with stage.working_directory() as work:
+            parsed.output_dir = str(work)
+            task.main(args=parsed)
+        return
+    identity = {key: value for key, value in options.items() if key not in NOT_IDENTITY}
+    identity["config"] = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
+    _prepare(args.output_dir, Stage(args.output_dir, inputs, identity).fingerprint)
+    _log_to(args.output_dir / "train.log", args.output_dir.name)
+    task.main(args=parsed)
+    stage.finish()
+
+
+def _task():
+    from cmkt.espnet_plugin.task import TransferEnhancementTask
+
+    return TransferEnhancementTask
+
+
+def _read_config(path: Path | None) -> dict:
+    if path is None:
+        return {}
+    if not path.exists():
+        raise CmktError("no such training configuration", path, remedy="see conf/")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else None
+        raise CmktError(f"not YAML: {getattr(error, 'problem', error)}", path, line) from error
+    if not isinstance(config, dict):
+        raise CmktError("not a YAML mapping", path)
+    return config
+
+
+def _pairs(rest: list[str]) -> dict:
+    """Turn `--a 1 2 --b 3` into {a: [1, 2], b: [3]} for the fingerprint."""
+    pairs: dict[str, list[str]] = {}
+    for word in rest:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            current = pairs.setdefault(name, [])
+            if equals:
+                current.append(value)
+        elif pairs:
+            current.append(word)
+    return pairs
+
+
+def _espnet_command(args, rest, transfer: bool, collect: bool) -> tuple[list[str], list[Path]]:
+    """Write the options out as ESPnet's, and list the inputs of the stage."""
+    command = ["--config", str(args.config)] if args.config else []
+    command += ["--output_dir", str(args.output_dir), "--collect_stats", str(collect).lower()]
+    inputs: list[Path] = []
+    for mode, folder in (("train", args.train_dir), ("valid", args.valid_dir)):
+        if folder is None:
+            continue
+        if not (folder / MARKER).exists():
+            raise CmktError("no finished mixture directory", folder, remedy="run stage 2")
+        inputs.append(folder)
+        triplets = [f"{folder}/wav.scp,speech_mix,sound", f"{folder}/spk1.scp,speech_ref1,sound"]
+        if transfer and args.llm_dir:
+            store = args.llm_dir / folder.name
+            if not (store / MARKER).exists():
+                raise CmktError("no finished linguistic store", store, remedy="run stage 3")
+            inputs.append(store)
+            triplets.append(f"{store}/linguistic.scp,linguistic,linguistic_ark")
+        for triplet in triplets:
+            command += [f"--{mode}_data_path_and_name_and_type", triplet]
+        if collect:
+            command += [f"--{mode}_shape_file", f"{folder}/wav.scp"]
+        elif args.stats_dir:
+            shapes = args.stats_dir / mode / "speech_mix_shape"
+            if not (args.stats_dir / MARKER).exists():
+                raise CmktError("no finished statistics", args.stats_dir, remedy="run stage 4")
+            command += [f"--{mode}_shape_file", str(shapes)]
+    if args.stats_dir and not collect:
+        inputs.append(args.stats_dir)
+    return command + rest, inputs
+
+
+def _parse(task, command: list[str], config: Path | None):
+    """Parse ESPnet's options; errors are one line and name the YAML's line."""
+    parser = task.get_parser()
+    known = {action.dest for action in parser._actions}
+
+    def fail(message: str):
+        raise CmktError(message, config, remedy="`cmkt train --print_config` lists all options")
+
+    for key in _read_config(config):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise CmktError(
+                f"unknown key {key}",
+                config,
+                _line_of(config, key),
+                f"did you mean {near[0]}?" if near else "see `cmkt train --print_config`",
+            )
+    parser.error = fail
+    return parser.parse_args(command)
+
+
+def _line_of(config: Path, key: str) -> int | None:
+    lines = config.read_text(encoding="utf-8").splitlines()
+    return next((n for n, line in enumerate(lines, 1) if line.startswith(f"{key}:")), None)
+
+
+def _prepare(output: Path, identity: str) -> None:
+    """Make the experiment folder fit to begin, or to go on where a killed run stopped."""
+    begun = output / ".begun"
+    if output.exists() and begun.exists() and begun.read_text() != identity:
+        aside = output.with_name(f"{output.name}.old-{begun.read_text()[:8]}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = output.with_name(f"{output.name}.old-{begun.read_text()[:8]}-{number}")
+        output.rename(aside)
+        print(f"{output}: data or settings changed; the old experiment is now {aside}")
+    elif (output / "checkpoint.pth").exists() and not begun.exists():
+        raise CmktError("holds an experiment of another program", output, remedy="choose another")
+    output.mkdir(parents=True, exist_ok=True)
+    begun.write_text(identity)
+    checkpoint = output / "checkpoint.pth"
+    if not checkpoint.exists():
+        return
+    # ESPnet saves in place, so a kill can leave half a file. A training is determined by its
+    # seed, so starting over loses time only.
+    if not zipfile.is_zipfile(checkpoint):
+        print(f"{checkpoint}: cut short by a kill; training starts over")
+        for path in [checkpoint, *output.glob("*epoch.pth")]:
+            path.unlink()
+        return
+    import torch
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    latest = output / f"{state['reporter']['epoch']}epoch.pth"
+    if not zipfile.is_zipfile(latest):  # killed between the checkpoint and the epoch's model
+        torch.save(state["model"], latest)
+
+
+class _EpochLines(logging.Filter):
+    """Let ESPnet's epoch results pass to the terminal, shortened to one readable line."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.tag = name
+
+    def filter(self, record: logging.LogRecord):
+        """Shorten `3epoch results: [train] ..., [valid] ...`; drop all other records."""
+        message = record.getMessage()
+        found = re.match(r"(\d+)epoch results:", message)
+        if not found:
+            return record.levelno >= logging.ERROR
+        train, _, valid = message.partition("[valid]")
+
+        def value(text, key):
+            number = re.search(rf"\b{key}=([-+.\dena]+)", text)
+            return number.group(1) if number else "?"
+
+        line = f"{self.tag}: epoch {found.group(1)}: loss_se train {value(train, 'loss_se')}"
+        line += f" valid {value(valid, 'loss_se')}"
+        if "transfer_gap" in valid:
+            line += f", transfer_gap {value(valid, 'transfer_gap')}"
+        shortened = logging.makeLogRecord(record.__dict__)
+        shortened.msg, shortened.args = line, None
+        return shortened
+
+
+def _log_to(path: Path, name: str) -> None:
+    """Send ESPnet's full log to a file and one line an epoch to the terminal."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    to_file = logging.FileHandler(path)
+    to_file.setFormatter(logging.Formatter("%(asctime)s (%(module)s) %(levelname)s: %(message)s"))
+    to_terminal = logging.StreamHandler(sys.stdout)
+    to_terminal.addFilter(_EpochLines(name))
+    root.handlers = [to_file, to_terminal]
