@@ -207,6 +207,8 @@ def test_system_names():
     assert baseline_of("blstm_big_cmkt", systems) == "blstm_big"
     assert baseline_of("blstm_cmkt", systems) == "blstm"
     assert baseline_of("blstmx_cmkt", systems) is None
+    systems = {"blstm": False, "blstm_cmkt": True, "blstm_cmkt_minilm": True}
+    assert baseline_of("blstm_cmkt_minilm", systems) == "blstm"
 
 
 def write_system(tag, offset, transfer=None, missing=()):
