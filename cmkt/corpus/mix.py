@@ -24,7 +24,6 @@ import logging
 import multiprocessing
 import os
 import re
-import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -38,83 +37,14 @@ import soxr
 
 from cmkt.corpus.audio import read_audio
 from cmkt.corpus.datadir import DataDirectory, read_table, write_table
+from cmkt.corpus.level import is_silent, mix_at_snr
 from cmkt.corpus.noise import SPLITS, list_noise, read_stretch
+from cmkt.corpus.source import Source, check_pair
 from cmkt.errors import CmktError
 from cmkt.stage import MARKER, Stage, atomic_file
 
-PEAK = 0.99  # of full scale; mixtures stay below
 SNR_LIMIT = 40.0  # dB; beyond, 16 bits cannot hold the weaker part to 0.1 dB
-FRAME = 0.02  # seconds
-HANGOVER = 10  # frames: a pause counts as speech for 200 ms (ITU-T P.56)
-MARGIN = 15.9  # dB: what lies further below the active level is a pause (ITU-T P.56)
-SILENCE = 1e-4  # RMS of the loudest frame, of full scale
-WEAK = 16 / 32768  # RMS below which 16-bit rounding would disturb the SNR
 JOURNAL = ".mixed.jsonl"
-
-
-def frame_energies(samples: np.ndarray, fs: int) -> np.ndarray:
-    """Return the energy of each 20-ms frame, (F,), of samples (N,); the last is zero-padded."""
-    size = max(int(FRAME * fs), 1)
-    padded = np.zeros(-(-len(samples) // size) * size)
-    padded[: len(samples)] = samples
-    return (padded.reshape(-1, size) ** 2).sum(axis=1)
-
-
-def active_power(speech: np.ndarray, fs: int) -> float:
-    """Return the mean power of speech where someone speaks.
-
-    Follows ITU-T P.56: a frame is active if it, or one in the 200 ms before it, lies above a
-    threshold 15.9 dB below the resulting active level. The threshold rises from the mean
-    power to this fixed point.
-
-    Args:
-        speech: (N,) samples.
-        fs: sampling rate in Hz.
-
-    Returns:
-        power, of full scale squared.
-    """
-    energies = frame_energies(speech, fs)
-    size = max(int(FRAME * fs), 1)
-    active = np.ones(len(energies), bool)
-    while True:
-        level = energies[active].mean()
-        loud = energies > level * 10 ** (-MARGIN / 10)
-        held = np.convolve(loud, np.ones(HANGOVER + 1))[: len(loud)] > 0.5
-        if (held == active).all() or not held.any():
-            return float(energies[active].sum() / min(active.sum() * size, len(speech)))
-        active &= held
-
-
-def is_silent(samples: np.ndarray, fs: int) -> bool:
-    """Tell whether even the loudest 20-ms frame of samples (N,) lies below -80 dBFS."""
-    size = min(max(int(FRAME * fs), 1), len(samples))
-    return bool(np.sqrt(frame_energies(samples, fs).max() / size) < SILENCE)
-
-
-def mix_at_snr(
-    speech: np.ndarray, noise: np.ndarray, snr: float, fs: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Add noise to speech.
-
-    Args:
-        speech: (N,) samples, not silent.
-        noise: (N,) samples, not silent.
-        snr: active speech level over noise level, in dB.
-        fs: sampling rate in Hz.
-
-    Returns:
-        the mixture and the speech in it, each (N,). Both are scaled by one factor, to a peak
-        of 0.99, if the mixture would clip or its weaker part would drown in 16-bit rounding.
-    """
-    speech, noise = speech.astype(np.float64), noise.astype(np.float64)
-    speech_power = active_power(speech, fs)
-    noise_power = speech_power / 10 ** (snr / 10)
-    mixture = speech + noise * np.sqrt(noise_power / np.mean(noise**2))
-    peak = max(np.abs(mixture).max(), np.abs(speech).max())
-    weakest = np.sqrt(min(speech_power, noise_power))
-    scale = PEAK / peak if peak > PEAK or weakest < WEAK else 1.0
-    return mixture * scale, speech * scale
 
 
 @dataclass(frozen=True)
@@ -157,81 +87,6 @@ class SnrPlan:
         if self.kind == "choice":
             return [self.values[rng.integers(len(self.values))]]
         return list(self.values)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One audio entry: `name`, its value in an scp, and where it stands, for messages."""
-
-    name: str
-    value: str
-    file: str
-    line: int | None
-
-    @property
-    def is_pipe(self) -> bool:
-        """Whether the value is a command whose output is the audio."""
-        return self.value.endswith("|")
-
-    def error(self, what: object) -> CmktError:
-        """Return an error that names the entry."""
-        return CmktError(f"{self.name}: {what}", self.file, self.line)
-
-    def check(self) -> tuple[int, int] | None:
-        """Read the header: (samples, rate in Hz); None for a pipe.
-
-        Raises:
-            CmktError: missing, empty, truncated or not audio.
-        """
-        if self.is_pipe:
-            return None
-        remedy = "replace the file or drop its line"
-        if not os.path.isfile(self.value):
-            raise self.error(f"no such audio file: {self.value} (correct the path)")
-        try:
-            header = soundfile.info(self.value)
-        except soundfile.LibsndfileError as error:
-            raise self.error(f"not readable as audio: {self.value} ({remedy})") from error
-        if header.frames == 0:
-            raise self.error(f"empty audio file: {self.value} ({remedy})")
-        # libsndfile takes what is there of a cut-off wav; its log has the length that was written.
-        # Writers to a pipe put a very large length there, which means nothing.
-        length = re.search(r"^data : (\d+) \(should be (\d+)\)", header.extra_info, re.MULTILINE)
-        if length and int(length[2]) < int(length[1]) < 0x7FFFF000:
-            raise self.error(f"truncated audio file: {self.value} ({remedy})")
-        return header.frames, header.samplerate
-
-    def read(self, channel: int) -> tuple[np.ndarray, int]:
-        """Return one channel, (N,) float32, and its rate; a file with one has only that."""
-        try:
-            if self.is_pipe:
-                return self._run(channel)
-            return read_audio(
-                self.value, None, channel if soundfile.info(self.value).channels > 1 else 0
-            )
-        except CmktError as error:
-            raise self.error(error) from error
-
-    def _run(self, channel: int) -> tuple[np.ndarray, int]:
-        done = subprocess.run(self.value[:-1], shell=True, stdout=subprocess.PIPE, check=False)
-        try:
-            audio, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
-            audio = audio[:, channel if audio.shape[1] > 1 else 0]
-        except (soundfile.LibsndfileError, IndexError):
-            audio = np.zeros(0)
-        if done.returncode or not len(audio) or not np.isfinite(audio).all():
-            raise CmktError(f"its command gave no audio (exit status {done.returncode})")
-        return np.ascontiguousarray(audio), rate
-
-
-def check_pair(source: Source, form: tuple[int, int], reference: tuple[int, int]) -> None:
-    """Refuse a reference whose (samples, rate) differ from its input's."""
-    for quantity, ours, theirs in zip(("samples", "Hz"), form, reference, strict=True):
-        if ours != theirs:
-            raise source.error(
-                f"the reference has {theirs} {quantity}, the input in wav.scp {ours} "
-                "(make them equal or drop the utterance)"
-            )
 
 
 @dataclass(frozen=True)
@@ -346,6 +201,7 @@ def parallel_map(function: Callable, items: list, nj: int, label: str) -> Iterat
     """Yield function(item) of every item, in order, from `nj` processes, with a progress bar."""
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # no thread of its own: the next processes are forked from this one
     bar = {"total": len(items), "desc": label, "unit": "utt", "mininterval": 0.5}
     if nj == 1 or len(items) < 2:
         yield from tqdm(map(function, items), **bar)
@@ -423,17 +279,17 @@ def mix(
         noise = list_noise(noise_dir, noise_split)
     extra_names = [n for n in ("utt2snr", "utt2noise") if paired and (data_dir / n).exists()]
     tables = ("wav.scp", "spk1.scp", "utt2spk", "text", MARKER, *extra_names)
+    files = [*noise.values(), *map(Path, data.wav.values()), *map(Path, (data.spk1 or {}).values())]
+    sizes = [[str(p), p.stat().st_size if p.is_file() else None] for p in files]
     options = {
         "output_dir": str(output_dir),
-        "noise": {n: p.stat().st_size if p.exists() else None for n, p in noise.items()},
-        "snr": snr,
-        "seed": seed,
+        "noise": hashlib.sha256(json.dumps(list(noise)).encode()).hexdigest(),
+        "sizes": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
         "fs": fs,
         "channel": channel,
     }
-    # The marker of the output need not repeat a listing of perhaps thousands of files.
-    listing = json.dumps(options["noise"]).encode()
-    options["noise"] = hashlib.sha256(listing).hexdigest()
+    if not paired:
+        options |= {"snr": snr, "seed": seed}
     stage = Stage(output_dir, [data_dir / name for name in tables], options)
     if stage.is_done():
         return
@@ -451,8 +307,10 @@ def mix(
         mixer = Mixer(work, noise, plan, seed, fs, channel)
         results = _mix_all(mixer, pairs, nj, work / JOURNAL)
         extra = {name: read_table(data_dir / name) for name in extra_names}
-        _write_tables(work, output_dir, data, results, extra)
         (work / JOURNAL).unlink()
+        for left_by_a_killed_job in work.glob("*/.*.tmp"):
+            left_by_a_killed_job.unlink()
+        _write_tables(work, output_dir, data, results, extra)
 
 
 def _mix_all(mixer: Mixer, pairs: list, nj: int, journal: Path) -> list[dict]:

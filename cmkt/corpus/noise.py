@@ -150,7 +150,9 @@ def read_stretch(
     except soundfile.LibsndfileError as error:
         raise CmktError(f"not readable as audio: {error}", path, remedy="remove it") from error
     if len(audio) < needed or channel >= audio.shape[1] or not np.isfinite(audio).all():
-        raise CmktError(f"truncated, not finite or without channel {channel}", path)
+        raise CmktError(
+            f"truncated, not finite or without channel {channel}", path, remedy="remove the file"
+        )
     stretch = np.ascontiguousarray(audio[:, channel])
     if rate != fs:
         stretch = soxr.resample(stretch, rate, fs).astype(np.float32)
