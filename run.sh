@@ -142,7 +142,8 @@ if doing 8 "$skip_eval"; then
 fi
 if doing 9 "$skip_eval"; then
     begin 9 report
-    run cmkt report --expdir "$expdir" --dumpdir "$dumpdir" --llm_dir "$llm_dir" --output RESULTS.md --command "$command_line"
+    run cmkt report --expdir "$expdir" --dumpdir "$dumpdir" --llm_dir "$llm_dir" --valid_set "$valid_set" \
+        --output RESULTS.md --command "$command_line"
 fi
 end_stage
 log "done in $SECONDS s"

@@ -57,7 +57,7 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
         with listen(self.separator, self.tap) as heard:
             loss_se, stats, weight = super().forward(speech_mix, speech_mix_lengths, **kwargs)
         batch = (heard.sequence, heard.lengths, linguistic, linguistic_lengths)
-        loss_cma, _ = self.transfer(*batch)
+        loss_cma = self.transfer(*batch)
         loss = self.transfer.combine(loss_se, loss_cma)
         ours = {"loss": loss.detach(), "loss_se": loss_se.detach(), "loss_cma": loss_cma.detach()}
         if not self.training:

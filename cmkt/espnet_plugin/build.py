@@ -1,0 +1,111 @@
+"""Build a stock ESPnet enhancement model from its config.yaml without the ESPnet task.
+
+`espnet2.tasks.enh` imports the trainer, every separator and `transformers` (9 to 19 s); export and
+enhancement need one encoder, one separator and one decoder.
+"""
+
+import importlib
+
+from cmkt.errors import CmktError
+
+ENCODERS = {
+    "stft": "espnet2.enh.encoder.stft_encoder:STFTEncoder",
+    "conv": "espnet2.enh.encoder.conv_encoder:ConvEncoder",
+    "same": "espnet2.enh.encoder.null_encoder:NullEncoder",
+}
+DECODERS = {
+    "stft": "espnet2.enh.decoder.stft_decoder:STFTDecoder",
+    "conv": "espnet2.enh.decoder.conv_decoder:ConvDecoder",
+    "same": "espnet2.enh.decoder.null_decoder:NullDecoder",
+}
+# ESPnet's names, less `tcn_nomask`, which only serves joint diarisation.
+SEPARATORS = {
+    "asteroid": "espnet2.enh.separator.asteroid_models:AsteroidModel_Converter",
+    "bsrnn": "espnet2.enh.separator.bsrnn_separator:BSRNNSeparator",
+    "conformer": "espnet2.enh.separator.conformer_separator:ConformerSeparator",
+    "dan": "espnet2.enh.separator.dan_separator:DANSeparator",
+    "dc_crn": "espnet2.enh.separator.dc_crn_separator:DC_CRNSeparator",
+    "dccrn": "espnet2.enh.separator.dccrn_separator:DCCRNSeparator",
+    "dpcl": "espnet2.enh.separator.dpcl_separator:DPCLSeparator",
+    "dpcl_e2e": "espnet2.enh.separator.dpcl_e2e_separator:DPCLE2ESeparator",
+    "dprnn": "espnet2.enh.separator.dprnn_separator:DPRNNSeparator",
+    "dptnet": "espnet2.enh.separator.dptnet_separator:DPTNetSeparator",
+    "fasnet": "espnet2.enh.separator.fasnet_separator:FaSNetSeparator",
+    "ineube": "espnet2.enh.separator.ineube_separator:iNeuBe",
+    "rnn": "espnet2.enh.separator.rnn_separator:RNNSeparator",
+    "skim": "espnet2.enh.separator.skim_separator:SkiMSeparator",
+    "svoice": "espnet2.enh.separator.svoice_separator:SVoiceSeparator",
+    "tcn": "espnet2.enh.separator.tcn_separator:TCNSeparator",
+    "tfgridnet": "espnet2.enh.separator.tfgridnet_separator:TFGridNet",
+    "tfgridnetv2": "espnet2.enh.separator.tfgridnetv2_separator:TFGridNetV2",
+    "tfgridnetv3": "espnet2.enh.separator.tfgridnetv3_separator:TFGridNetV3",
+    "transformer": "espnet2.enh.separator.transformer_separator:TransformerSeparator",
+    "uses": "espnet2.enh.separator.uses_separator:USESSeparator",
+    "uses2": "espnet2.enh.separator.uses2_separator:USES2Separator",
+    "wpe_beamformer": "espnet2.enh.separator.neural_beamformer:NeuralBeamformer",
+}
+
+
+def find_class(kind: str, name: str | None, table: dict[str, str]) -> type:
+    """Import a class by its ESPnet name.
+
+    Args:
+        kind: the config key, for example `separator`.
+        name: its value, for example `rnn`.
+        table: {name: "module:Class"}.
+
+    Raises:
+        CmktError: a name that is not in the table, or a part that this ESPnet does not have.
+    """
+    if name not in table:
+        raise CmktError(f"{kind}: no such choice: {name!r}", remedy=f"known: {', '.join(table)}")
+    module, _, cls = table[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), cls)
+    except ImportError as error:
+        raise CmktError(
+            f"{kind} {name} cannot be imported: {error}", remedy="install another ESPnet version"
+        ) from error
+
+
+def build_enhancement_model(config: dict):
+    """Build the model that `EnhancementTask.build_model` builds, without its training losses.
+
+    Args:
+        config: config.yaml of an experiment or an export; read are `encoder`, `separator`,
+            `decoder`, their `*_conf`, and `model_conf`.
+
+    Returns:
+        an `ESPnetEnhancementModel` with random weights and no loss: it can enhance, not train.
+        Parameter names equal those of the task's model.
+
+    Raises:
+        CmktError: an unknown part, or settings that the part does not take.
+    """
+    from espnet2.enh.espnet_model import ESPnetEnhancementModel
+    from typeguard import TypeCheckError
+
+    if config.get("diffusion_model") is not None:
+        raise CmktError("diffusion models cannot be built", remedy="train one with a separator")
+    classes = [
+        find_class(kind, config.get(kind), table)
+        for kind, table in (("encoder", ENCODERS), ("separator", SEPARATORS), ("decoder", DECODERS))
+    ]
+    confs = [config.get(f"{kind}_conf") or {} for kind in ("encoder", "separator", "decoder")]
+    try:
+        encoder = classes[0](**confs[0])
+        separator = classes[1](encoder.output_dim, **confs[1])
+        decoder = classes[2](**confs[2])
+        return ESPnetEnhancementModel(
+            encoder=encoder,
+            separator=separator,
+            decoder=decoder,
+            mask_module=None,
+            loss_wrappers=None,
+            **(config.get("model_conf") or {}),
+        )
+    except (TypeError, ValueError, AttributeError, TypeCheckError) as error:
+        raise CmktError(
+            f"the model cannot be built: {error}",
+            remedy="the configuration may come from another version of ESPnet",
+        ) from error

@@ -1,0 +1,173 @@
+"""The cross-modality transformer: one acoustic summary for each text token."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def lengths_to_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """Return (B, size), true where a position is valid."""
+    return torch.arange(size, device=lengths.device)[None] < lengths[:, None]
+
+
+def relative_positions(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """Return (B, size): the middle of position t as a share of the valid length."""
+    steps = torch.arange(size, device=lengths.device, dtype=torch.float32) + 0.5
+    return steps[None] / lengths.clamp(min=1)[:, None]
+
+
+def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """Encode positions in [0, 1] (B, T) as sines and cosines (B, T, width)."""
+    half = width // 2
+    octaves = torch.arange(half, device=positions.device) / half
+    angles = positions[..., None] * 2 * torch.pi * 64.0**octaves
+    encoded = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return F.pad(encoded, (0, width - encoded.shape[-1]))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens to frames, with a learnable preference for time order.
+
+    The logits of head h get -(t/T_t - s/T_a)^2 / (2 sigma_h^2), the order prior of temporal-order
+    optimal transport (Lu et al. 2409.02239), so a fresh module looks near the diagonal.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
+        self.log_sigma = nn.Parameter(torch.full((heads,), 0.1).log())
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, width / heads)
+
+    def forward(self, tokens, frames, bias, need_weights):
+        """Attend; `bias` (B, T_t, T_a) holds squared distances, infinite at padding."""
+        q, k = self._split(self.query(tokens)), self._split(self.key(frames))
+        v = self._split(self.value(frames))
+        mask = -bias[:, None] / (2 * self.log_sigma.exp()[:, None, None] ** 2)
+        drop = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask
+            weights = logits.softmax(-1).mean(1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        return self.output(y.transpose(1, 2).flatten(2)), weights
+
+
+class Layer(nn.Module):
+    """Pre-norm cross-attention and feed-forward; `residual` keeps the query in the result."""
+
+    def __init__(self, width: int, heads: int, dropout: float, residual: bool):
+        super().__init__()
+        self.residual = residual
+        self.norm_tokens, self.norm_inner = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = CrossAttention(width, heads, dropout)
+        self.inner = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, tokens, frames, bias, need_weights):
+        """Return the tokens (B, T_t, width) after one layer, and the weights if wanted."""
+        attended, weights = self.attention(self.norm_tokens(tokens), frames, bias, need_weights)
+        tokens = tokens + attended if self.residual else attended
+        return tokens + self.inner(self.norm_inner(tokens)), weights
+
+
+class CrossModalityTransformer(nn.Module):
+    """Make zhat, one vector in the text space for each token, from the acoustic sequence.
+
+    Args:
+        acoustic_dim: D_a, width of the acoustic sequence.
+        linguistic_dim: D_t, width of the token embeddings.
+        width: width inside.
+        heads: attention heads; divides `width`.
+        layers: number of layers.
+        dropout: dropout rate.
+        query: `position`: queries know t and T_t only and cannot leak the text (as in Deng et al.
+            2203.03582). `text`: queries are the token embeddings; the cosine then rises without
+            any transfer (docs/method.md), kept for study.
+        residual: add the query to what it attends to.
+
+    Raises:
+        ValueError: a value of the wrong type or outside its range.
+    """
+
+    def __init__(
+        self,
+        acoustic_dim: int,
+        linguistic_dim: int,
+        width: int = 128,
+        heads: int = 4,
+        layers: int = 1,
+        dropout: float = 0.0,
+        query: str = "position",
+        residual: bool = True,
+    ):
+        super().__init__()
+        for name, value in (("width", width), ("heads", heads), ("layers", layers)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"alignment.{name} must be a whole number above 0, not {value!r}")
+        if width % heads:
+            raise ValueError(f"alignment.heads {heads} does not divide alignment.width {width}")
+        if (
+            isinstance(dropout, bool)
+            or not isinstance(dropout, int | float)
+            or not 0 <= dropout < 1
+        ):
+            raise ValueError(f"alignment.dropout must be in [0, 1), not {dropout!r}")
+        if query not in ("position", "text"):
+            raise ValueError(f"alignment.query must be position or text, not {query!r}")
+        if not isinstance(residual, bool):
+            raise ValueError(f"alignment.residual must be true or false, not {residual!r}")
+        self.width, self.query = width, query
+        self.from_acoustic = nn.Sequential(
+            nn.LayerNorm(acoustic_dim), nn.Linear(acoustic_dim, width)
+        )
+        if query == "text":
+            self.from_text = nn.Linear(linguistic_dim, width)
+        self.layers = nn.ModuleList(
+            Layer(width, heads, float(dropout), residual) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.to_text = nn.Linear(width, linguistic_dim)
+
+    def forward(
+        self,
+        acoustic: torch.Tensor,
+        acoustic_lengths: torch.Tensor,
+        text: torch.Tensor,
+        text_lengths: torch.Tensor,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Align.
+
+        Args:
+            acoustic: (B, T_a, D_a).
+            acoustic_lengths: (B,) valid frames.
+            text: (B, T_t, D_t).
+            text_lengths: (B,) valid tokens.
+            need_weights: also return the attention weights.
+
+        Returns:
+            zhat (B, T_t, D_t), and the last layer's attention (B, T_t, T_a), mean over the heads,
+            or None.
+        """
+        # Half precision would lose the small differences that the cosine is made of.
+        with torch.autocast(acoustic.device.type, enabled=False):
+            acoustic, text = acoustic.float(), text.float()
+            at_frame = relative_positions(acoustic_lengths, acoustic.shape[1])
+            at_token = relative_positions(text_lengths, text.shape[1])
+            distance = (at_token[:, :, None] - at_frame[:, None, :]) ** 2  # (B, T_t, T_a)
+            valid = lengths_to_mask(acoustic_lengths, acoustic.shape[1])
+            bias = distance.masked_fill(~valid[:, None], torch.finfo(torch.float32).max / 1e6)
+            frames = self.from_acoustic(acoustic) + sinusoids(at_frame, self.width)
+            tokens = sinusoids(at_token, self.width)
+            if self.query == "text":
+                tokens = tokens + self.from_text(text)
+            weights = None
+            for layer in self.layers:
+                last = layer is self.layers[-1]
+                tokens, weights = layer(tokens, frames, bias, need_weights and last)
+            return self.to_text(self.norm(tokens)), weights

@@ -1,0 +1,85 @@
+"""Both recipes end to end at a small size, and what a second run does."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A copy of the checkout, so that a run leaves the working tree as it was."""
+    copy = tmp_path_factory.mktemp("copy") / "cmkt"
+    ignore = shutil.ignore_patterns(".git", "data", "dump", "exp", "__pycache__", "build", ".venv*")
+    shutil.copytree(REPOSITORY, copy, ignore=ignore)
+    return copy
+
+
+def run(command, **environment):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}
+    )
+    return done
+
+
+SMALL = [
+    "--data_args", "--train_utterances 48 --valid_utterances 8 --test_utterances 2",
+    "--train_args", "--max_epoch 2",
+]  # fmt: skip
+
+
+def test_mini_end_to_end_and_a_second_run_is_a_no_op(repository):
+    done = run([repository / "run.sh", *SMALL])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    recipe = repository / "egs" / "mini"
+    report = (recipe / "RESULTS.md").read_text()
+    for words in ("noisy", "blstm", "blstm_cmkt_minilm", "PESQ", "ESTOI", "SI-SNR", "transfer_gap"):
+        assert words in report
+    assert list((recipe / "exp" / "report").glob("*.png"))
+    # No module of the language-model side is needed from stage 6 on.
+    poison = repository / "poison"
+    poison.mkdir()
+    (poison / "transformers.py").write_text("raise ImportError('transformers is not here')\n")
+    shutil.rmtree(recipe / "exp" / "blstm_cmkt_minilm_seed0" / "export")
+    shutil.rmtree(recipe / "exp" / "blstm_cmkt_minilm_seed0" / "enhanced")
+    shutil.rmtree(recipe / "exp" / "blstm_cmkt_minilm_seed0" / "scores")
+    again = run([repository / "run.sh", "--stage", "6", *SMALL], PYTHONPATH=str(poison))
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+
+    def model_files():
+        return {p: p.stat().st_mtime_ns for p in recipe.glob("**/*.p*") if "report" not in p.parts}
+
+    before = model_files()
+    second = run([repository / "run.sh", *SMALL])
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert model_files() == before
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the speech pack is not here")
+def test_librispeech_on_real_speech(repository, tmp_path):
+    layout = [
+        sys.executable,
+        SHARED / "tools" / "layout_corpora.py",
+        tmp_path,
+        "librispeech",
+        "noise",
+    ]
+    assert run(layout).returncode == 0
+    for chapter in sorted((tmp_path / "LibriSpeech" / "train-clean-100").iterdir())[40:]:
+        shutil.rmtree(chapter)  # a few minutes are enough here
+    small = repository / "egs" / "librispeech" / "small.yaml"
+    text = (repository / "egs" / "mini" / "conf" / "train_blstm_cmkt.yaml").read_text()
+    small.write_text(text)
+    done = run([
+        repository / "egs" / "librispeech" / "run.sh", "--corpus_dir", tmp_path / "LibriSpeech",
+        "--noise_dir", tmp_path / "noise", "--train_args", "--max_epoch 1", "--enh_config", small,
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "test_other" in (repository / "egs" / "librispeech" / "RESULTS.md").read_text()
