@@ -5,6 +5,7 @@ enhancement need one encoder, one separator and one decoder.
 """
 
 import importlib
+import warnings
 
 from cmkt.errors import CmktError
 
@@ -82,16 +83,17 @@ def build_enhancement_model(config: dict):
     Raises:
         CmktError: an unknown part, or settings that the part does not take.
     """
-    from espnet2.enh.espnet_model import ESPnetEnhancementModel
     from typeguard import TypeCheckError
 
     if config.get("diffusion_model") is not None:
         raise CmktError("diffusion models cannot be built", remedy="train one with a separator")
-    classes = [
-        find_class(kind, config.get(kind), table)
-        for kind, table in (("encoder", ENCODERS), ("separator", SEPARATORS), ("decoder", DECODERS))
-    ]
-    confs = [config.get(f"{kind}_conf") or {} for kind in ("encoder", "separator", "decoder")]
+    tables = {"encoder": ENCODERS, "separator": SEPARATORS, "decoder": DECODERS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about ESPnet's own code
+        from espnet2.enh.espnet_model import ESPnetEnhancementModel
+
+        classes = [find_class(kind, config.get(kind), table) for kind, table in tables.items()]
+    confs = [config.get(f"{kind}_conf") or {} for kind in tables]
     try:
         encoder = classes[0](**confs[0])
         separator = classes[1](encoder.output_dim, **confs[1])
@@ -104,7 +106,14 @@ def build_enhancement_model(config: dict):
             loss_wrappers=None,
             **(config.get("model_conf") or {}),
         )
-    except (TypeError, ValueError, AttributeError, TypeCheckError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+        TypeCheckError,
+    ) as error:
         raise CmktError(
             f"the model cannot be built: {error}",
             remedy="the configuration may come from another version of ESPnet",
