@@ -16,6 +16,20 @@ def relative_positions(lengths: torch.Tensor, size: int) -> torch.Tensor:
     return steps[None] / lengths.clamp(min=1)[:, None]
 
 
+def order_distance(
+    token_lengths: torch.Tensor, tokens: int, frame_lengths: torch.Tensor, frames: int
+) -> torch.Tensor:
+    """Return (B, T_t, T_a): how far frame j is from token i's place in the time order, squared.
+
+    d_ij = |i/n - j/m| / sqrt(1/n^2 + 1/m^2) with n tokens and m frames (Lu et al. 2409.02239):
+    with many more frames than tokens, the unit of d is the length of one token.
+    """
+    at_token = relative_positions(token_lengths, tokens)[:, :, None]
+    at_frame = relative_positions(frame_lengths, frames)[:, None, :]
+    scale = token_lengths.clamp(min=1) ** -2.0 + frame_lengths.clamp(min=1) ** -2.0
+    return (at_token - at_frame) ** 2 / scale[:, None, None]
+
+
 def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
     """Encode positions in [0, 1] (B, T) as sines and cosines (B, T, width)."""
     half = width // 2
@@ -28,8 +42,9 @@ def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
 class CrossAttention(nn.Module):
     """Multi-head attention from tokens to frames, with a learnable preference for time order.
 
-    The logits of head h get -(t/T_t - s/T_a)^2 / (2 sigma_h^2), the order prior of temporal-order
-    optimal transport (Lu et al. 2409.02239), so a fresh module looks near the diagonal.
+    The logits of head h get -d^2 / (2 sigma_h^2), the order prior of temporal-order optimal
+    transport (see `order_distance`), so that a fresh module looks near the diagonal, two tokens
+    wide to either side.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
@@ -37,16 +52,18 @@ class CrossAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
-        self.log_sigma = nn.Parameter(torch.full((heads,), 0.1).log())
+        self.log_sigma = nn.Parameter(torch.full((heads,), 2.0).log())
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, width / heads)
 
-    def forward(self, tokens, frames, bias, need_weights):
-        """Attend; `bias` (B, T_t, T_a) holds squared distances, infinite at padding."""
+    def forward(self, tokens, frames, distance, valid, need_weights):
+        """Attend; `distance` (B, T_t, T_a) as of `order_distance`, `valid` (B, T_a) frames."""
         q, k = self._split(self.query(tokens)), self._split(self.key(frames))
         v = self._split(self.value(frames))
-        mask = -bias[:, None] / (2 * self.log_sigma.exp()[:, None, None] ** 2)
+        mask = -distance[:, None] / (2 * self.log_sigma.exp()[:, None, None] ** 2)
+        # Finite, since a row of -inf (no valid frame) would turn into NaN.
+        mask = mask.masked_fill(~valid[:, None, None], torch.finfo(mask.dtype).min / 2)
         drop = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -68,9 +85,10 @@ class Layer(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
         )
 
-    def forward(self, tokens, frames, bias, need_weights):
+    def forward(self, tokens, frames, distance, valid, need_weights):
         """Return the tokens (B, T_t, width) after one layer, and the weights if wanted."""
-        attended, weights = self.attention(self.norm_tokens(tokens), frames, bias, need_weights)
+        normed = self.norm_tokens(tokens)
+        attended, weights = self.attention(normed, frames, distance, valid, need_weights)
         tokens = tokens + attended if self.residual else attended
         return tokens + self.inner(self.norm_inner(tokens)), weights
 
@@ -88,7 +106,8 @@ class CrossModalityTransformer(nn.Module):
         query: `position`: queries know t and T_t only and cannot leak the text (as in Deng et al.
             2203.03582). `text`: queries are the token embeddings; the cosine then rises without
             any transfer (docs/method.md), kept for study.
-        residual: add the query to what it attends to.
+        residual: add the query to what it attends to. With text queries this hands z straight
+            to zhat.
 
     Raises:
         ValueError: a value of the wrong type or outside its range.
@@ -106,7 +125,13 @@ class CrossModalityTransformer(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
-        for name, value in (("width", width), ("heads", heads), ("layers", layers)):
+        for name, value in (
+            ("acoustic_dim", acoustic_dim),
+            ("linguistic_dim", linguistic_dim),
+            ("width", width),
+            ("heads", heads),
+            ("layers", layers),
+        ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"alignment.{name} must be a whole number above 0, not {value!r}")
         if width % heads:
@@ -156,18 +181,22 @@ class CrossModalityTransformer(nn.Module):
         """
         # Half precision would lose the small differences that the cosine is made of.
         with torch.autocast(acoustic.device.type, enabled=False):
-            acoustic, text = acoustic.float(), text.float()
-            at_frame = relative_positions(acoustic_lengths, acoustic.shape[1])
-            at_token = relative_positions(text_lengths, text.shape[1])
-            distance = (at_token[:, :, None] - at_frame[:, None, :]) ** 2  # (B, T_t, T_a)
-            valid = lengths_to_mask(acoustic_lengths, acoustic.shape[1])
-            bias = distance.masked_fill(~valid[:, None], torch.finfo(torch.float32).max / 1e6)
+            acoustic_lengths = acoustic_lengths.to(acoustic.device)
+            text_lengths = text_lengths.to(text.device)
+            sizes = text.shape[1], acoustic.shape[1]
+            distance = order_distance(text_lengths, sizes[0], acoustic_lengths, sizes[1])
+            valid = lengths_to_mask(acoustic_lengths, sizes[1])
+            # Zeros in the padding: a NaN there would pass through a weight of 0.
+            acoustic = acoustic.float().masked_fill(~valid[..., None], 0.0)
+            at_frame = relative_positions(acoustic_lengths, sizes[1])
             frames = self.from_acoustic(acoustic) + sinusoids(at_frame, self.width)
-            tokens = sinusoids(at_token, self.width)
+            tokens = sinusoids(relative_positions(text_lengths, sizes[0]), self.width)
             if self.query == "text":
+                known = lengths_to_mask(text_lengths, sizes[0])
+                text = text.float().masked_fill(~known[..., None], 0.0)
                 tokens = tokens + self.from_text(text)
             weights = None
             for layer in self.layers:
                 last = layer is self.layers[-1]
-                tokens, weights = layer(tokens, frames, bias, need_weights and last)
+                tokens, weights = layer(tokens, frames, distance, valid, need_weights and last)
             return self.to_text(self.norm(tokens)), weights

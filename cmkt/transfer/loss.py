@@ -8,7 +8,7 @@ from cmkt.transfer.alignment import lengths_to_mask
 
 def text_mask(text: torch.Tensor, text_lengths: torch.Tensor) -> torch.Tensor:
     """Return (B, T_t), true for real tokens; a zero vector stands for a missing transcript."""
-    return lengths_to_mask(text_lengths, text.shape[1]) & text.ne(0).any(-1)
+    return lengths_to_mask(text_lengths.to(text.device), text.shape[1]) & text.ne(0).any(-1)
 
 
 def cosines(zhat: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,9 @@ def cosine_alignment_loss(
         has, so that every parameter takes part in distributed training.
     """
     tokens = mask.sum(1)
-    total = torch.where(mask, 1 - cosines(zhat, text), 0.0 * zhat.float().sum(-1)).sum(1)
+    # Masked before the cosine: a NaN in the padding would reach the gradient through a weight of 0.
+    zhat, text = (x.masked_fill(~mask[..., None], 0.0) for x in (zhat, text))
+    total = ((1 - cosines(zhat, text)) * mask).sum(1)
     if reduction == "mean":
         total = total / tokens.clamp(min=1)
     return total.sum() / (tokens > 0).sum().clamp(min=1)

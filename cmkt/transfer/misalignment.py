@@ -24,7 +24,7 @@ def shift(
         (B, T, D).
     """
     steps = torch.arange(sequence.shape[1], device=sequence.device)[None]
-    lengths = lengths.clamp(min=1)[:, None]
+    lengths = lengths.to(sequence.device).clamp(min=1)[:, None]
     source = steps + by[:, None]
     if edges == "wrap":
         source = source.remainder(lengths)
@@ -39,11 +39,11 @@ class Misalignment(nn.Module):
 
     Args:
         mode: `off`; `fixed` (always `maximum`); `random` (uniform in [-maximum, maximum]);
-            `curriculum` (random, `maximum` shrinking to 0 over `curriculum_steps` updates).
+            `curriculum` (random, `maximum` shrinking to 0 over `curriculum_steps`).
         unit: `token` shifts the targets, `frame` the acoustic sequence.
         maximum: largest shift, in tokens or frames.
         edges: `pad` or `wrap` (see `shift`).
-        curriculum_steps: training steps until the curriculum's shift is 0.
+        curriculum_steps: training forwards until the curriculum's shift is 0.
 
     Raises:
         ValueError: a value of the wrong type or outside its range.
@@ -69,9 +69,14 @@ class Misalignment(nn.Module):
                 raise ValueError(
                     f"misalignment.{name} must be one of {', '.join(known)}, not {value!r}"
                 )
-        for name, value in (("maximum", maximum), ("curriculum_steps", curriculum_steps)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"misalignment.{name} must be a whole number, not {value!r}")
+        for name, value, least in (
+            ("maximum", maximum, 0),
+            ("curriculum_steps", curriculum_steps, 1),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"misalignment.{name} must be a whole number of at least {least}, not {value!r}"
+                )
         self.mode = "off" if mode is False else mode
         self.unit, self.maximum, self.edges = unit, maximum, edges
         self.curriculum_steps = curriculum_steps
@@ -82,15 +87,24 @@ class Misalignment(nn.Module):
         """Return the shifts (batch,) of this training step."""
         if self.mode == "fixed":
             return torch.full((batch,), self.maximum, device=device)
-        maximum = self.maximum
-        if self.mode == "curriculum":
-            left = 1 - self.steps.item() / max(self.curriculum_steps, 1)
-            maximum = round(self.maximum * max(left, 0.0))
-            self.steps += 1
-        return torch.randint(-maximum, maximum + 1, (batch,), device=device)
+        if self.mode == "random":
+            return torch.randint(-self.maximum, self.maximum + 1, (batch,), device=device)
+        # In tensors, so that a GPU need not wait for the step count.
+        left = (1 - self.steps / self.curriculum_steps).clamp(min=0)
+        maximum = (self.maximum * left).round()
+        self.steps += 1
+        by = (torch.rand(batch, device=device) * (2 * maximum + 1)).floor() - maximum
+        return torch.minimum(by, maximum).long()
 
     def forward(self, acoustic, acoustic_lengths, text, text_lengths):
-        """Return the acoustic sequence (B, T_a, D_a) and the targets (B, T_t, D_t), shifted."""
+        """Return the acoustic sequence (B, T_a, D_a) and the targets (B, T_t, D_t), shifted.
+
+        Args:
+            acoustic: (B, T_a, D_a).
+            acoustic_lengths: (B,) valid frames.
+            text: (B, T_t, D_t).
+            text_lengths: (B,) valid tokens.
+        """
         if not self.training or self.mode == "off":
             return acoustic, text
         by = self.draw(len(text), text.device)

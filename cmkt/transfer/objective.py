@@ -36,6 +36,11 @@ class CrossModalTransfer(nn.Module):
         ValueError: an unknown key, a wrong type, a value outside its range.
 
     Convention: an utterance without a transcript has text of zeros (one row) and no loss.
+
+    Example:
+        transfer = CrossModalTransfer(acoustic_dim=256, linguistic_dim=384)
+        loss_cma = transfer(hidden, frames, token_embeddings, tokens)
+        transfer.combine(loss_se, loss_cma).backward()
     """
 
     def __init__(
@@ -77,6 +82,9 @@ class CrossModalTransfer(nn.Module):
             a scalar (see `cosine_alignment_loss`).
         """
         text = text.detach()
+        if text.shape[1] == 0:
+            # Attention from no token would leave parameters without a gradient.
+            text = text.new_zeros(len(text), 1, text.shape[2])
         mask = text_mask(text, text_lengths)
         acoustic, target = self.misalignment(acoustic, acoustic_lengths, text, text_lengths)
         zhat, _ = self.alignment(acoustic, acoustic_lengths, text, text_lengths)
@@ -101,6 +109,8 @@ class CrossModalTransfer(nn.Module):
             their difference `transfer_gap`; empty when fewer than two utterances have text.
         """
         mask = text_mask(text, text_lengths)
+        acoustic_lengths = acoustic_lengths.to(acoustic.device)
+        text_lengths = text_lengths.to(text.device)
         chosen = mask.any(1)
         if chosen.sum() < 2:
             return {}
