@@ -1,4 +1,4 @@
-"""Small real inputs that several tests share: mixtures made by `cmkt mix` and a linguistic store."""
+"""Small real inputs that several tests share: mixtures of `cmkt mix` and a linguistic store."""
 
 import json
 from pathlib import Path

@@ -12,8 +12,9 @@ from cmkt.cli import main
 
 def train(folder, config, mixtures, stores, statistics, *more) -> int:
     path = write_config(folder.with_suffix(".yaml"), config)
-    return main(["train", "--config", str(path), "--output_dir", str(folder), *data_options(mixtures),
-                 "--llm_dir", str(stores), "--stats_dir", str(statistics), *more])  # fmt: skip
+    options = ["--config", str(path), "--output_dir", str(folder), *data_options(mixtures)]
+    options += ["--llm_dir", str(stores), "--stats_dir", str(statistics), *more]
+    return main(["train", *options])
 
 
 def weights(folder, epoch=2) -> dict:
