@@ -143,7 +143,7 @@ def describe(
 ) -> dict:
     """Return the contents of meta.yaml: what the model is and where it comes from."""
     import torch
-    from espnet2 import __version__ as espnet_version
+    from importlib.metadata import version
 
     sets = {}
     for mode in ("train", "valid"):
@@ -169,7 +169,7 @@ def describe(
         "git_commit": _git_commit(experiment),
         "versions": {
             "cmkt": __version__,
-            "espnet": espnet_version,
+            "espnet": version("espnet"),
             "torch": str(torch.__version__),
         },
     }

@@ -6,6 +6,7 @@ enhancement need one encoder, one separator and one decoder.
 
 import importlib
 import warnings
+from pathlib import Path
 
 from cmkt.errors import CmktError
 
@@ -118,3 +119,32 @@ def build_enhancement_model(config: dict):
             f"the model cannot be built: {error}",
             remedy="the configuration may come from another version of ESPnet",
         ) from error
+
+
+def load_training_model(experiment: str | Path):
+    """Load a trained model with its transfer part, for looking into it.
+
+    Args:
+        experiment: ESPnet experiment folder with config.yaml and `valid.loss_se.best.pth`.
+
+    Returns:
+        a `TransferEnhancementModel` in evaluation mode.
+
+    Raises:
+        CmktError: the best model is missing.
+    """
+    import torch
+    import yaml
+
+    from cmkt.espnet_plugin.model import add_transfer
+
+    experiment = Path(experiment)
+    weights = experiment / "valid.loss_se.best.pth"
+    if not weights.exists():
+        raise CmktError("no trained model", weights, remedy="run stage 5 to its end")
+    config = yaml.safe_load((experiment / "config.yaml").read_text(encoding="utf-8"))
+    conf = config["transfer_conf"] if config.get("transfer") == "cmkt" else None
+    model_conf = config.get("model_conf") or {}
+    model = add_transfer(build_enhancement_model(config), config["separator"], conf, model_conf)
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=True)
+    return model.eval()
