@@ -142,8 +142,9 @@ def describe(
     experiment: Path, config: dict, sample_rate: int, checkpoint: Path, weights: dict
 ) -> dict:
     """Return the contents of meta.yaml: what the model is and where it comes from."""
-    import torch
     from importlib.metadata import version
+
+    import torch
 
     sets = {}
     for mode in ("train", "valid"):

@@ -7,11 +7,14 @@ killed; with other data or settings, the old experiment is moved aside and train
 """
 
 import difflib
+import io
 import logging
 import re
 import sys
 import zipfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -72,20 +75,23 @@ def run(args, rest: list[str]) -> None:
         parsed.linguistic_meta = meta
         parsed.transfer_conf = {**parsed.transfer_conf, "linguistic_dim": meta["dimension"]}
     if collect:
-        with stage.working_directory() as work:
+        with stage.working_directory() as work, redirect_stderr(io.StringIO()):
             parsed.output_dir = str(work)
             task.main(args=parsed)
         return
     identity = {key: value for key, value in options.items() if key not in NOT_IDENTITY}
     identity["config"] = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
     _prepare(args.output_dir, Stage(args.output_dir, inputs, identity).fingerprint)
-    _log_to(args.output_dir / "train.log", args.output_dir.name)
-    task.main(args=parsed)
+    with open(args.output_dir / "train.log", "a") as log, redirect_stderr(log):
+        _log_to(log, args.output_dir.name)
+        task.main(args=parsed)
     stage.finish()
 
 
 def _task():
-    from cmkt.espnet_plugin.task import TransferEnhancementTask
+    # ESPnet 202511 greets every import with warnings and failed downloads of its text front end.
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        from cmkt.espnet_plugin.task import TransferEnhancementTask
 
     return TransferEnhancementTask
 
@@ -239,11 +245,11 @@ class _EpochLines(logging.Filter):
         return shortened
 
 
-def _log_to(path: Path, name: str) -> None:
+def _log_to(log: TextIO, name: str) -> None:
     """Send ESPnet's full log to a file and one line an epoch to the terminal."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    to_file = logging.FileHandler(path)
+    to_file = logging.StreamHandler(log)
     to_file.setFormatter(logging.Formatter("%(asctime)s (%(module)s) %(levelname)s: %(message)s"))
     to_terminal = logging.StreamHandler(sys.stdout)
     to_terminal.addFilter(_EpochLines(name))

@@ -3,4 +3,5 @@
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 exec "$here/../../run.sh" --recipe_dir "$here" --noise_dir data/noise \
     --train_set train --valid_set valid --test_sets test \
-    --train_snr -5:10 --valid_snr -5:10 --test_snr each:-5,0,5,10 "$@"
+    --train_snr -5:10 --valid_snr -5:10 --test_snr each:-5,0,5,10 \
+    --enh_config "egs/mini/conf/train_blstm.yaml egs/mini/conf/train_blstm_cmkt.yaml" "$@"
