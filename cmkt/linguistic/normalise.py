@@ -1,23 +1,7 @@
-"""Text normalisation before the tokenizer."""
+"""Transcript normalisation before the language model's tokenizer."""
 
-from cmkt.errors import CmktError
+from collections.abc import Callable
 
-NORMALISERS = {"none": lambda text: " ".join(text.split()), "lower": lambda text: " ".join(
-    text.lower().split())}  # fmt: skip
-
-
-def normalise(text: str, name: str) -> str:
-    """Normalise one transcript.
-
-    Args:
-        text: the transcript.
-        name: `none` (white space only) or `lower` (lower case as well; LibriSpeech is upper case).
-
-    Raises:
-        CmktError: an unknown name.
-    """
-    if name not in NORMALISERS:
-        raise CmktError(
-            f"normaliser {name!r} is unknown", remedy=f"known: {', '.join(NORMALISERS)}"
-        )
-    return NORMALISERS[name](text)
+#: How a transcript may be changed. `lower` is for case-sensitive tokenizers and corpora such as
+#: LibriSpeech, whose upper case they would spell out letter by letter.
+NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower}
