@@ -1,57 +1,198 @@
-"""The embedded corpus: disjoint sets, determinism, sane audio."""
+"""The embedded corpus: disjoint sets, the same samples every time, sane audio."""
 
+import ctypes
+import logging
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
+from cmkt.corpus.datadir import DataDirectory
+
 pytest.importorskip("espeakng_loader")
 LOCAL = Path(__file__).resolve().parents[2] / "egs" / "mini" / "local"
-sys.path.insert(0, str(LOCAL))
-
-from noises import TEST_FAMILIES, TRAIN_FAMILIES  # noqa: E402
-from sentences import split_sentences  # noqa: E402
-from voices import SPEAKERS  # noqa: E402
-
-from cmkt.corpus.datadir import DataDirectory  # noqa: E402
+SMALL = ["--train_utterances", "18", "--valid_utterances", "4", "--test_utterances", "4"]
+SMALL += ["--noise_minutes", "0.1"]
 
 
-def make(folder, *options):
-    command = [
-        sys.executable,
-        LOCAL / "synthesise.py",
-        "--data_dir",
-        folder,
-        "--train_utterances",
-        "6",
-    ]
-    command += ["--valid_utterances", "2", "--test_utterances", "2", "--noise_minutes", "1"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
+@pytest.fixture(scope="module", autouse=True)
+def local_modules():
+    """Make the recipe's own modules importable, for this file only."""
+    sys.path.insert(0, str(LOCAL))
+    yield
+    sys.path.remove(str(LOCAL))
+
+
+def command(*options) -> list[str]:
+    return [str(LOCAL / "data.sh"), "--corpus_dir", "", "--data_dir", "data", *options]
+
+
+def environment() -> dict:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def make(folder: Path, *options) -> None:
+    done = subprocess.run(
+        command(*options), cwd=folder, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*.flac"))}
 
 
-def test_voices_and_sentences_are_many_and_disjoint():
-    voices = {name: {speaker.voice for speaker in group} for name, group in SPEAKERS.items()}
-    assert len(voices["train"]) >= 12
-    assert sum(map(len, voices.values())) == len(set().union(*voices.values()))
-    split = split_sentences({"train": 900, "valid": 60, "test": 24}, seed=0)
-    assert len(set(split["train"])) >= 800
-    assert sum(map(len, split.values())) == len(set().union(*split.values()))
-    assert set(TEST_FAMILIES) - set(TRAIN_FAMILIES) == {"machine", "wind"}
+@pytest.fixture
+def main(monkeypatch):
+    """Return a function that runs the command line in this process."""
+    import synthesise
+
+    def call(folder: Path, *options) -> int:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", command(*options))
+        return synthesise.main()
+
+    return call
 
 
-def test_same_seed_same_samples_whatever_the_jobs(tmp_path):
-    one = make(tmp_path / "one", "--nj", "1")
-    two = make(tmp_path / "two", "--nj", "2")
-    other = make(tmp_path / "other", "--seed", "1")
-    assert one == two
-    assert one != other
-    for name in one:
-        audio, rate = soundfile.read(tmp_path / "one" / name)
-        assert rate == 16000 and audio.ndim == 1
-        assert 0.005 < abs(audio).max() < 0.99
-    data = DataDirectory.read(tmp_path / "one" / "train")
-    assert len(data.text) == len(data.wav) == 6
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.flac")}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mini")
+    make(folder, *SMALL, "--nj", "1")
+    return folder
+
+
+def test_voices_are_many_different_and_disjoint():
+    from espeak import synthesise
+    from voices import SPEAKERS
+
+    everyone = [speaker for group in SPEAKERS.values() for speaker in group]
+    assert len(SPEAKERS["train"]) >= 12
+    variants = [speaker.voice.split("+")[-1] for speaker in everyone]
+    assert len(set(variants)) == len({speaker.name for speaker in everyone}) == len(everyone)
+
+    def spectrum(speaker):
+        power = np.abs(np.fft.rfft(synthesise("the cat slept on the sofa", speaker), 2**16)) ** 2
+        level = 10 * np.log10(power[1:].reshape(64, -1).mean(axis=1))
+        return level - level.mean()
+
+    spectra = np.stack([spectrum(speaker) for speaker in SPEAKERS["train"] + SPEAKERS["test"]])
+    distance = np.sqrt(((spectra[:, None] - spectra[None]) ** 2).mean(axis=-1))
+    assert distance[np.triu_indices(len(spectra), 1)].min() > 1.0  # dB
+
+
+def test_no_voice_saturates_and_none_depends_on_what_was_said_before():
+    from espeak import synthesise
+    from voices import SPEAKERS
+
+    everyone = [speaker for group in SPEAKERS.values() for speaker in group]
+    text = "both reporters question the nervous driver outside the prison"
+    first = [synthesise(text, speaker) for speaker in everyone]
+    ctypes.CDLL(None).srand(7)  # some voices draw from the C library
+    second = [synthesise(text, speaker) for speaker in reversed(everyone)][::-1]
+    for speaker, one, two in zip(everyone, first, second, strict=True):
+        assert np.array_equal(one, two), speaker
+        assert 0.02 < np.abs(one).max() < 0.9, speaker
+
+
+def test_sentences_are_many_disjoint_and_agree():
+    from sentences import SCENES, split_sentences
+
+    counts = {"test": 30, "valid": 60, "train": 900}
+    split = split_sentences(counts, seed=0)
+    assert len(set(split["train"])) == 900
+    assert sum(counts.values()) == len(set().union(*split.values()))
+    assert all(s.replace(" ", "").isalpha() and s.islower() for g in split.values() for s in g)
+    assert split_sentences(counts, seed=1) != split == split_sentences(counts, seed=0)
+    more = split_sentences({**counts, "train": 400}, seed=0)
+    assert more["test"] == split["test"] and more["valid"] == split["valid"]
+    plurals = [person for scene in SCENES for person in scene[1]]
+    thirds = [action.split()[1] for scene in SCENES for action in scene[2]]
+    for sentence in split["train"]:
+        for plural in plurals:
+            assert not any(f"{plural} {third} " in f"{sentence} " for third in thirds), sentence
+
+
+def test_sets_are_valid_and_the_audio_is_sane(corpus, monkeypatch):
+    monkeypatch.chdir(corpus)
+    texts = []
+    for name, count, speakers in (("train", 18, 16), ("valid", 4, 4), ("test", 4, 4)):
+        data = DataDirectory.read(f"data/{name}")
+        assert len(data.wav) == len(data.text) == count
+        assert len(set(data.utt2spk.values())) == speakers
+        texts += data.text.values()
+        for path in data.wav.values():
+            audio, rate = soundfile.read(path)
+            assert rate == 16000 and audio.ndim == 1 and np.isfinite(audio).all()
+            assert 1.5 < len(audio) / rate < 6
+            level = 10 * np.log10(np.mean(audio**2))
+            assert -32.1 < level < -19.9 and np.abs(audio).max() < 0.91
+    assert len(set(texts)) == len(texts)
+
+
+def test_noise_families(corpus):
+    families = {}
+    for name in ("train", "valid", "test"):
+        paths = sorted((corpus / "data" / "noise" / name).glob("*.flac"))
+        families[name] = {path.name.split("-")[0] for path in paths}
+        for path in paths:
+            audio, rate = soundfile.read(path)
+            assert rate == 16000 and len(audio) == 20 * rate
+            assert audio.std() > 0.01 and np.abs(audio).max() < 0.91
+    assert families["train"] == {"babble", "coloured", "modulated", "hum", "clicks"}
+    assert families["valid"] == families["train"]
+    assert families["test"] - families["train"] == {"machine", "wind"}
+    recordings = [v for k, v in contents(corpus / "data").items() if k.startswith("noise")]
+    assert len(set(recordings)) == len(recordings) == 13
+
+
+def test_a_killed_run_with_more_jobs_ends_with_the_same_bytes(corpus, tmp_path):
+    killed = subprocess.Popen(
+        command(*SMALL, "--nj", "2"),
+        cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not contents(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "data" / "train").exists()
+    make(tmp_path, *SMALL, "--nj", "2")
+    assert contents(tmp_path) == contents(corpus)
+    tables = sorted((corpus / "data").glob("*/*2*")) + sorted((corpus / "data").glob("*/*.scp"))
+    assert len(tables) == 9
+    for table in tables:
+        assert (tmp_path / table.relative_to(corpus)).read_bytes() == table.read_bytes()
+    assert not list(tmp_path.rglob(".*.tmp")) and not list(tmp_path.rglob(".*.work"))
+
+
+def test_a_second_run_does_nothing(corpus, main, caplog):
+    caplog.set_level(logging.INFO)
+    before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
+    assert main(corpus, *SMALL, "--nj", "2") == 0
+    assert caplog.text.count("up to date") == 6
+    assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
+
+
+def test_another_seed_gives_other_samples(corpus, main, tmp_path):
+    assert main(tmp_path, *SMALL, "--nj", "2", "--seed", "1") == 0
+    ours, other = contents(corpus), contents(tmp_path)
+    assert ours.keys() == other.keys()
+    assert all(ours[name] != other[name] for name in ours)
+
+
+def test_bad_input_is_named_before_anything_is_made(main, tmp_path, monkeypatch, capsys):
+    assert main(tmp_path, "--train_utterances", "5000") == 1
+    assert "ask for fewer utterances" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(tmp_path, "--noise_minutes", "0")
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)  # as if not installed
+    assert main(tmp_path, *SMALL) == 1
+    assert "pip install 'cmkt[mini]'" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()

@@ -1,99 +1,104 @@
 """Make the embedded corpus: synthesised English speech and generated noise.
 
-Writes data/{train,valid,test} (clean speech, 16 kHz) and data/noise/{train,valid,test}. Voices,
-sentences and noise recordings are disjoint between the sets; the noise families `machine` and
-`wind` are in test only. The same seed gives the same samples, whatever --nj.
+Writes data/{train,valid,test}, Kaldi data directories of clean speech at 16 kHz, and
+data/noise/{train,valid,test}. Voices, sentences and noise recordings are disjoint between the
+sets; the noise families machine and wind are in test only. The same seed gives the same
+samples, whatever --nj.
 """
 
 import argparse
+import errno
 import hashlib
-import multiprocessing
+import importlib.metadata
+import io
+import logging
 import sys
 from pathlib import Path
 
 import numpy as np
 import soundfile
 from espeak import RATE, Voice, require_espeak, synthesise
-from noises import MAKERS, TEST_FAMILIES, TRAIN_FAMILIES
+from noises import BABBLE, FAMILIES, MAKERS
 from sentences import split_sentences
-from tqdm import tqdm
 from voices import SPEAKERS
 
 from cmkt.corpus.datadir import DataDirectory
+from cmkt.corpus.mix import parallel_map
+from cmkt.corpus.noise import fit_length
 from cmkt.errors import CmktError
-from cmkt.stage import Stage
+from cmkt.stage import Stage, atomic_file
 
-VERSION = 1  # raise it when the same options begin to give other samples
 SETS = ("train", "valid", "test")
+LEVELS = (-32.0, -20.0)  # dB of full scale, RMS of an utterance
+PEAK = 0.9  # of full scale, at most
+NOISE_LEVEL = 0.05  # RMS; mixing sets the level that counts
+RECORDING = 20  # seconds
+BABBLE_SENTENCES = 10  # that each voice of a babble recording says
+SOURCES = sorted(Path(__file__).parent.glob("*.py"))  # the samples depend on every line of them
 
 
 def generator_for(seed: int, name: str) -> np.random.Generator:
     """Return a random generator that depends on the seed and a name only."""
-    return np.random.default_rng(
-        int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8])
-    )
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
-def write_audio(path: Path, samples: np.ndarray) -> None:
-    """Write 16-bit FLAC under its final name only when complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    soundfile.write(temporary, samples, RATE, subtype="PCM_16", format="FLAC")
-    temporary.replace(path)
+def write_audio(path: Path, samples: np.ndarray, level: float) -> None:
+    """Write 16-bit FLAC at an RMS level, lower where the peak would pass `PEAK`."""
+    samples = samples * min(level / np.sqrt(np.mean(samples**2)), PEAK / np.abs(samples).max())
+    # Through memory: libsndfile would hide that the device is full.
+    encoded = io.BytesIO()
+    soundfile.write(encoded, samples, RATE, format="FLAC", subtype="PCM_16")
+    with atomic_file(path, "wb") as stream:
+        stream.write(encoded.getvalue())
 
 
-def speak(job: tuple[Path, str, Voice, int]) -> None:
-    """Synthesise one utterance at a level of its own; runs in a process of its own."""
+def make_utterance(job: tuple[Path, str, Voice, int]) -> None:
+    """Synthesise one utterance, at a level of its own."""
     path, text, voice, seed = job
-    if path.exists():
-        return
-    samples = synthesise(text, voice)
-    level = 10 ** (generator_for(seed, path.stem).uniform(-32, -22) / 20)
-    samples *= level / np.sqrt(np.mean(samples**2))
-    write_audio(path, samples * min(1.0, 0.95 / np.abs(samples).max()))
+    level = 10 ** (generator_for(seed, path.stem).uniform(*LEVELS) / 20)
+    write_audio(path, synthesise(text, voice), level)
 
 
-def babble(job: tuple[Path, list[str], list[Voice], int, int]) -> None:
-    """Lay four voices over each other, one sentence after the other."""
-    path, sentences, voices, seed, count = job
-    if path.exists():
-        return
-    generator = generator_for(seed, path.stem)
-    total = np.zeros(count)
-    for voice in voices:
-        # A long text, so that each voice speaks once in this process (see `synthesise`).
-        speech = np.zeros(0)
-        with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-            order = generator.permutation(len(sentences))
-            text = ", ".join(sentences[i] for i in order)
-            speech = pool.apply(synthesise, (text, voice))
-        total += np.roll(np.resize(speech, count), generator.integers(count)) / speech.std()
-    write_audio(path, total * 0.05 / total.std())
-
-
-def family_noise(job: tuple[Path, str, int, int]) -> None:
+def make_recording(job: tuple[Path, str, str, list[str], int]) -> None:
     """Make one recording of a noise family."""
-    path, family, seed, count = job
-    if path.exists():
-        return
-    samples = MAKERS[family](generator_for(seed, path.stem), count, RATE)
-    samples = samples - samples.mean()
-    samples *= min(0.05 / samples.std(), 0.9 / np.abs(samples).max())
-    write_audio(path, samples)
+    path, name, family, sentences, seed = job
+    generator, count = generator_for(seed, path.stem), RECORDING * RATE
+    if family == "babble":
+        samples = babble(generator, count, name, sentences)
+    else:
+        samples = MAKERS[family](generator, count)
+    write_audio(path, samples - samples.mean(), NOISE_LEVEL)
 
 
-def in_fresh_processes(function, jobs: list, nj: int, label: str) -> None:
-    """Run each job in a process that has done nothing before it."""
-    with multiprocessing.get_context("fork").Pool(nj, maxtasksperchild=1) as pool:
-        done = pool.imap_unordered(function, jobs, chunksize=1)
-        for _ in tqdm(done, total=len(jobs), desc=label, unit="file"):
-            pass
+def babble(
+    generator: np.random.Generator, count: int, name: str, sentences: list[str]
+) -> np.ndarray:
+    """Lay voices over each other that are no speakers of the set, each with its own order."""
+    talkers, spread = BABBLE[name]
+    voices = SPEAKERS["babble_test" if name == "test" else "babble_train"]
+    total = np.zeros(count)
+    for chosen in generator.choice(len(voices), talkers, replace=False):
+        text = ", ".join(sentences[i] for i in generator.permutation(len(sentences)))
+        speech = synthesise(text, voices[chosen])
+        gain = 10 ** (-generator.uniform(0, spread) / 20) / speech.std()
+        total += gain * fit_length(speech, count, RATE, generator.random())
+    return total
 
 
-def make_set(name: str, sentences: list[str], folder: Path, seed: int, nj: int) -> None:
+def make_missing(function, jobs: list[tuple], work: Path, nj: int, label: str) -> None:
+    """Make the files that a killed run has not left; each job starts with its file."""
+    for half_written in work.rglob(".*.tmp"):
+        half_written.unlink()
+    todo = [job for job in jobs if not job[0].exists()]
+    for _ in parallel_map(function, todo, nj, label):
+        pass
+
+
+def make_set(name: str, sentences: list[str], folder: Path, options: dict, nj: int) -> None:
     """Make one data directory of clean speech."""
-    stage = Stage(folder, [], {"sentences": sentences, "seed": seed, "version": VERSION})
+    stage = Stage(folder, SOURCES, {**options, "sentences": sentences})
     if stage.is_done():
-        print(f"{folder}: up to date")
         return
     with stage.working_directory() as work:
         (work / "audio").mkdir(exist_ok=True)
@@ -103,64 +108,100 @@ def make_set(name: str, sentences: list[str], folder: Path, seed: int, nj: int) 
             utterance = f"{voice.name}-{number:05d}"
             data.wav[utterance] = f"{folder}/audio/{utterance}.flac"
             data.utt2spk[utterance], data.text[utterance] = voice.name, text
-            jobs.append((work / "audio" / f"{utterance}.flac", text, voice, seed))
-        in_fresh_processes(speak, jobs, nj, f"speech {name}")
+            jobs.append((work / "audio" / f"{utterance}.flac", text, voice, options["seed"]))
+        make_missing(make_utterance, jobs, work, nj, f"speech {name}")
         data.write(work)
 
 
-def make_noise(name: str, sentences: list[str], folder: Path, minutes: float, seed: int, nj: int):
-    """Make the noise recordings of one set, each 20 s long."""
-    families = TEST_FAMILIES if name == "test" else TRAIN_FAMILIES
-    voices = SPEAKERS["babble_test" if name == "test" else "babble_train"]
-    count = 20 * RATE
-    number = max(round(minutes * 60 / 20 / len(families)), 1)
-    stage = Stage(
-        folder, [], {"number": number, "seed": seed, "sentences": sentences, "version": VERSION}
-    )
+def make_noise(
+    name: str, sentences: list[str], folder: Path, minutes: float, options: dict, nj: int
+) -> None:
+    """Make the noise recordings of one set, equally many of each family."""
+    families = FAMILIES[name]
+    number = max(round(minutes * 60 / RECORDING / len(families)), 1)
+    stage = Stage(folder, SOURCES, {**options, "sentences": sentences, "number": number})
     if stage.is_done():
-        print(f"{folder}: up to date")
         return
     with stage.working_directory() as work:
-        # The set is in the name, hence in the seed: no recording is in two sets.
-        paths = [(work / f"{f}-{name}-{n:02d}.flac", f) for f in families for n in range(number)]
-        in_fresh_processes(
-            family_noise, [(p, f, seed, count) for p, f in paths if f != "babble"], nj,
-            f"noise {name}",
-        )  # fmt: skip
-        for path, family in paths:
-            if family == "babble":
-                babble((path, sentences, voices, seed, count))
+        # The set is in the name, hence in the random generator: no recording is in two sets.
+        jobs = [
+            (work / f"{family}-{name}-{n:02d}.flac", name, family, sentences, options["seed"])
+            for n in range(number)
+            for family in families
+        ]
+        make_missing(make_recording, jobs, work, nj, f"noise {name}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line, refusing sizes that make no corpus."""
+    parser = argparse.ArgumentParser(
+        prog="local/data.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--corpus_dir", default="", help="not used: this corpus is made, not read")
+    parser.add_argument("--data_dir", type=Path, default="data", help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    parser.add_argument("--nj", type=int, default=2, help="parallel jobs (default %(default)s)")
+    for name, count in (("train", 900), ("valid", 60), ("test", 30)):
+        parser.add_argument(
+            f"--{name}_utterances", type=int, default=count, help="(default %(default)s)"
+        )
+    parser.add_argument(
+        "--noise_minutes",
+        type=float,
+        default=8.0,
+        help="of train; valid and test get half of it (default %(default)s)",
+    )
+    args = parser.parse_args()
+    for name in ("nj", "noise_minutes", *(f"{name}_utterances" for name in SETS)):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} must be above 0")
+    return args
+
+
+def make_corpus(args: argparse.Namespace) -> None:
+    """Make what is not there yet.
+
+    Raises:
+        CmktError: no synthesiser, or more utterances wanted than there are sentences.
+    """
+    require_espeak()
+    # Training comes last: its size changes none of the other sets.
+    counts = {name: getattr(args, f"{name}_utterances") for name in ("test", "valid")}
+    counts.update({f"babble_{name}": BABBLE_SENTENCES for name in SETS})
+    counts["train"] = args.train_utterances
+    try:
+        sentences = split_sentences(counts, args.seed)
+    except ValueError as error:
+        raise CmktError(str(error), remedy="ask for fewer utterances") from error
+    options = {"seed": args.seed, "espeak": importlib.metadata.version("espeakng-loader")}
+    args.data_dir.mkdir(parents=True, exist_ok=True)
+    for name in SETS:
+        make_set(name, sentences[name], args.data_dir / name, options, args.nj)
+        minutes = args.noise_minutes / (1 if name == "train" else 2)
+        folder = args.data_dir / "noise" / name
+        make_noise(name, sentences[f"babble_{name}"], folder, minutes, options, args.nj)
 
 
 def main() -> int:
-    """Make what is not there yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--corpus_dir", help="not used: this corpus is made, not read")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="default: data")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--nj", type=int, default=2, help="parallel processes (default: 2)")
-    for name, count in (("train", 900), ("valid", 60), ("test", 24)):
-        parser.add_argument(f"--{name}_utterances", type=int, default=count,
-                            help=f"sentences in {name} (default: {count})")  # fmt: skip
-    parser.add_argument("--noise_minutes", type=float, default=8.0,
-                        help="noise per set (default: 8; valid and test: half)")  # fmt: skip
-    args = parser.parse_args()
+    """Run the command line; return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_arguments()
     try:
-        require_espeak()
-        counts = {name: getattr(args, f"{name}_utterances") for name in SETS}
-        try:
-            sentences = split_sentences({**counts, "babble": 12}, args.seed)
-        except ValueError as error:
-            raise CmktError(str(error), remedy="ask for fewer utterances") from error
-        for name in SETS:
-            make_set(name, sentences[name], args.data_dir / name, args.seed, args.nj)
-            minutes = args.noise_minutes if name == "train" else args.noise_minutes / 2
-            make_noise(name, sentences["babble"], args.data_dir / "noise" / name, minutes,
-                       args.seed, args.nj)  # fmt: skip
+        make_corpus(args)
     except CmktError as error:
-        print(f"data.sh: error: {error}", file=sys.stderr)
+        print(f"local/data.sh: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"local/data.sh: error: {args.data_dir}: no space left on the device "
+            "(free some and run the same command again)",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
