@@ -217,32 +217,33 @@ def _prepare(output: Path, identity: str) -> None:
         torch.save(state["model"], latest)
 
 
-class _EpochLines(logging.Filter):
-    """Let ESPnet's epoch results pass to the terminal, shortened to one readable line."""
+class _EpochLines(logging.Formatter):
+    """Shorten ESPnet's `3epoch results: [train] ..., [valid] ...` to one readable line."""
 
     def __init__(self, name: str):
         super().__init__()
-        self.tag = name
+        self.experiment = name
 
-    def filter(self, record: logging.LogRecord):
-        """Shorten `3epoch results: [train] ..., [valid] ...`; drop all other records."""
-        message = record.getMessage()
-        found = re.match(r"(\d+)epoch results:", message)
-        if not found:
-            return record.levelno >= logging.ERROR
-        train, _, valid = message.partition("[valid]")
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line for the terminal."""
+        train, _, valid = record.getMessage().partition("[valid]")
+        epoch = train.partition("epoch")[0]
+        if not valid:
+            return f"{self.experiment}: {record.getMessage()}"
 
-        def value(text, key):
+        def value(text: str, key: str) -> str:
             number = re.search(rf"\b{key}=([-+.\dena]+)", text)
             return number.group(1) if number else "?"
 
-        line = f"{self.tag}: epoch {found.group(1)}: loss_se train {value(train, 'loss_se')}"
+        line = f"{self.experiment}: epoch {epoch}: loss_se train {value(train, 'loss_se')}"
         line += f" valid {value(valid, 'loss_se')}"
         if "transfer_gap" in valid:
             line += f", transfer_gap {value(valid, 'transfer_gap')}"
-        shortened = logging.makeLogRecord(record.__dict__)
-        shortened.msg, shortened.args = line, None
-        return shortened
+        return line
+
+
+def _for_terminal(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or "epoch results:" in record.getMessage()
 
 
 def _log_to(log: TextIO, name: str) -> None:
@@ -252,5 +253,6 @@ def _log_to(log: TextIO, name: str) -> None:
     to_file = logging.StreamHandler(log)
     to_file.setFormatter(logging.Formatter("%(asctime)s (%(module)s) %(levelname)s: %(message)s"))
     to_terminal = logging.StreamHandler(sys.stdout)
-    to_terminal.addFilter(_EpochLines(name))
+    to_terminal.setFormatter(_EpochLines(name))
+    to_terminal.addFilter(_for_terminal)
     root.handlers = [to_file, to_terminal]
