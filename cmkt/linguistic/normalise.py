@@ -2,6 +2,17 @@
 
 from collections.abc import Callable
 
-#: How a transcript may be changed. `lower` is for case-sensitive tokenizers and corpora such as
-#: LibriSpeech, whose upper case they would spell out letter by letter.
+from cmkt.errors import CmktError
+
 NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "lower": str.lower}
+
+
+def check_normaliser(name: str, conf: dict) -> None:
+    """Refuse an unknown normaliser or option."""
+    if name not in NORMALISERS:
+        raise CmktError(f"normaliser: {name!r} is not one of {', '.join(NORMALISERS)}")
+
+
+def make_normaliser(name: str, conf: dict) -> Callable[[str], str]:
+    """Return the function that normalises one text."""
+    return NORMALISERS[name]

@@ -23,9 +23,9 @@ from sentences import split_sentences
 from voices import SPEAKERS
 
 from cmkt.corpus.datadir import DataDirectory
-from cmkt.corpus.mix import parallel_map
 from cmkt.corpus.noise import fit_length
 from cmkt.errors import CmktError
+from cmkt.parallel import parallel_map
 from cmkt.stage import Stage, atomic_file
 
 SETS = ("train", "valid", "test")

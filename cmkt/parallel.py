@@ -1,0 +1,136 @@
+"""Apply a function to many items on the processes of this machine or on a cluster."""
+
+import importlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from cmkt.errors import CmktError
+
+#: Where the workers of a cluster run: `env` of its YAML and the Dask class that starts them.
+CLUSTERS = {
+    "local": "distributed:LocalCluster",
+    "slurm": "dask_jobqueue:SLURMCluster",
+    "pbs": "dask_jobqueue:PBSCluster",
+    "sge": "dask_jobqueue:SGECluster",
+    "lsf": "dask_jobqueue:LSFCluster",
+}
+
+_function: Callable | None = None
+
+
+def _start_worker(function: Callable) -> None:
+    """Keep what the worker applies, and end the worker when its parent is killed."""
+    global _function
+    _function = function
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _apply(item):
+    return _function(item)
+
+
+def parallel_map(
+    function: Callable, items: list, nj: int, label: str, spawn: bool = False
+) -> Iterator:
+    """Yield function(item) of every item, in order, from `nj` processes, with a progress bar.
+
+    Args:
+        function: can be pickled if `spawn`.
+        items: what it is applied to.
+        nj: number of processes; with 1 the work is done in this one.
+        label: of the progress bar.
+        spawn: start new interpreters instead of forking this one, for functions that use torch,
+            whose threads do not survive a fork.
+
+    Raises:
+        CmktError: a process was killed.
+    """
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread of its own: the next processes are forked from this one
+    bar = {"total": len(items), "desc": label, "unit": "utt", "mininterval": 0.5}
+    if nj == 1 or len(items) < 2:
+        yield from tqdm(map(function, items), **bar)
+        return
+    context = multiprocessing.get_context("spawn" if spawn else None)
+    with ProcessPoolExecutor(nj, context, _start_worker, (function,)) as pool:
+        try:
+            # Few large messages for short work, but every process gets something to do.
+            chunk = max(1, min(8, len(items) // nj))
+            yield from tqdm(pool.map(_apply, items, chunksize=chunk), **bar)
+        except BrokenProcessPool as error:
+            raise CmktError(
+                "a job ended unexpectedly, perhaps for want of memory",
+                remedy="run the same command again, with a smaller --nj",
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def cluster_client(path: str | Path) -> Iterator:
+    """Start the workers that a cluster YAML names; give a `distributed.Client`.
+
+    Args:
+        path: for example `conf/cluster/slurm.yaml`: `env` (one of `CLUSTERS`), `n_workers`, and
+            `options` of the Dask class.
+
+    Raises:
+        CmktError: a wrong YAML, or Dask is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CmktError("no such cluster configuration", path, remedy="see conf/cluster/")
+    try:
+        conf = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CmktError("not YAML", path) from error
+    if not isinstance(conf, dict) or conf.keys() - {"env", "n_workers", "options"}:
+        raise CmktError("want the keys env, n_workers and options", path)
+    if conf.get("env") not in CLUSTERS:
+        raise CmktError(f"env {conf.get('env')}: want one of {', '.join(CLUSTERS)}", path)
+    module, _, name = CLUSTERS[conf["env"]].partition(":")
+    try:
+        from distributed import Client
+
+        kind = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise CmktError(
+            f"{error.name} is not installed", path, remedy="pip install 'cmkt[cluster]'"
+        ) from error
+    options, workers = conf.get("options") or {}, conf.get("n_workers", 1)
+    try:
+        cluster = kind(n_workers=workers, **options)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise CmktError(f"the cluster does not start: {error}", path) from error
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+def cluster_map(function: Callable, items: list, path: str | Path, label: str) -> Iterator:
+    """Yield function(item) of every item, in no order, from the workers of a cluster.
+
+    Args:
+        function: can be pickled.
+        items: what it is applied to, one task each.
+        path: a cluster YAML (see `cluster_client`); its workers share this file system.
+        label: of the progress bar.
+    """
+    from tqdm import tqdm
+
+    with cluster_client(path) as client:
+        from distributed import as_completed
+
+        tasks = client.map(function, items, pure=False)
+        for task in tqdm(as_completed(tasks), total=len(items), desc=label, mininterval=0.5):
+            yield task.result()
