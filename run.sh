@@ -6,38 +6,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe_dir=$2
 shift 2
 command_line="./run.sh"
-help_message="Usage: ./run.sh [--stage N] [--stop_stage N] [options]
-
-Stages: 1 data, 2 mix, 3 embed (LLM features), 4 stats, 5 train, 6 export, 7 enhance, 8 score, 9 report
-  --stage N           first stage to run (default 1)
-  --stop_stage N      last stage to run (default 9)
-  --skip_data_prep    skip stages 1 to 4
-  --skip_train        skip stage 5
-  --skip_eval         skip stages 6 to 9
-  --ngpu N            GPUs of one training (default 0)
-  --nj N              parallel jobs (default 2)
-  --dumpdir DIR       mixtures and features (default dump)
-  --expdir DIR        experiments (default exp)
-  --train_set NAME    training set
-  --valid_set NAME    validation set
-  --test_sets 'A B'   test sets
-  --enh_config 'F..'  training YAMLs; each is trained
-  --seeds '0 1'       seeds; each YAML is trained with each (default 0)
-  --llm_config FILE   language-model YAML (default conf/llm/minilm.yaml)
-  --corpus_dir DIR    the corpus as it lies on disk
-  --noise_dir DIR     a tree of noise files
-  --data_args '...'   passed to local/data.sh
-  --train_args '...'  passed to cmkt train, for example '--max_epoch 3'
-  --train_snr, --valid_snr, --test_snr   see cmkt mix --help
-  --fs HZ             sampling rate (default 16000)
-  --mix_seed N        seed of data and mixtures (default 0)
-  --dry_run           print the commands, run none
-  --help              this text
-
-Outputs lie in the recipe's folder. A second identical run does nothing; a killed one goes on."
+help_message=$(<"$root/utils/help.txt")
 stage=1 stop_stage=9 skip_data_prep=false skip_train=false skip_eval=false dry_run=false
-ngpu=0 nj=2 fs=16000 dumpdir=dump expdir=exp seeds=0 mix_seed=0
+ngpu=0 nj=2 fs=16000 data_dir=data dumpdir=dump expdir=exp results=RESULTS.md seeds=0 mix_seed=0 lang=""
 train_set=train valid_set=valid test_sets=test corpus_dir="" noise_dir="" data_args="" train_args=""
+text_source=transcript recogniser=pocketsphinx embed_args=""
 enh_config="conf/train_blstm.yaml conf/train_blstm_cmkt.yaml" llm_config=conf/llm/minilm.yaml
 train_snr=-5:10 valid_snr=-5:10 test_snr=-5,0,5,10
 for word in "$@"; do
@@ -63,23 +36,26 @@ for config in $enh_config; do
     configs+=" $config"
     ! grep -q '^transfer: cmkt' "$config" || uses_text=true
 done
+[ "$text_source" != none ] || { uses_text=false; train_args+=" --transfer none"; }
 llm_config=$(find_file "$llm_config")
 llm_tag=$(basename "$llm_config" .yaml)
+[ "$text_source" = transcript ] || llm_tag+=_${text_source/:/}
 llm_dir=$dumpdir/llm/$llm_tag
 
 if doing 1 "$skip_data_prep"; then
     begin 1 data
     # shellcheck disable=SC2086  # options in one string, as in Kaldi recipes
-    run local/data.sh --corpus_dir "$corpus_dir" --data_dir data --seed "$mix_seed" --nj "$nj" $data_args
+    run local/data.sh --corpus_dir "$corpus_dir" --data_dir "$data_dir" --seed "$mix_seed" --nj "$nj" \
+        ${lang:+--lang "$lang"} $data_args
 fi
 if doing 2 "$skip_data_prep"; then
     begin 2 mix
     for set in $train_set $valid_set $test_sets; do
-        need "data/$set" 1
+        need "$data_dir/$set" 1
         snr=$test_snr split=test
         [ "$set" != "$train_set" ] || { snr=$train_snr; split=train; }
         [ "$set" != "$valid_set" ] || { snr=$valid_snr; split=valid; }
-        run cmkt mix --data_dir "data/$set" --noise_dir "$noise_dir" --noise_split "$split" \
+        run cmkt mix --data_dir "$data_dir/$set" --noise_dir "$noise_dir" --noise_split "$split" \
             --snr="$snr" --seed "$mix_seed" --fs "$fs" --nj "$nj" --output_dir "$dumpdir/audio/$set"
     done
 fi
@@ -87,7 +63,22 @@ if doing 3 "$skip_data_prep" && "$uses_text"; then
     begin 3 embed
     for set in $train_set $valid_set; do
         need "$dumpdir/audio/$set" 2
-        run cmkt embed --llm_config "$llm_config" --text "$dumpdir/audio/$set/text" --output_dir "$llm_dir/$set"
+        text=$dumpdir/audio/$set/text source=$text_source
+        case $text_source in
+            asr | asr_noisy)
+                text=$dumpdir/text/$text_source/$set/text
+                noisy=${text_source#asr} noisy=${noisy/_/--}
+                run cmkt transcribe --data_dir "$dumpdir/audio/$set" --recogniser "$recogniser" --nj "$nj" \
+                    ${lang:+--language "$lang"} ${noisy:+"$noisy"} --output_dir "$(dirname "$text")" ;;
+            # The controls change what is learnt from; the transfer gap is measured on the true text.
+            *) [ "$set" = "$train_set" ] || source=transcript ;;
+        esac
+        if [ "$set" = "$train_set" ] && grep -q '^lm_train:' "$llm_config"; then
+            run cmkt lm-train --llm_config "$llm_config" --text "$text"
+        fi
+        # shellcheck disable=SC2086
+        run cmkt embed --llm_config "$llm_config" --text "$text" --text_source "$source" --seed "$mix_seed" \
+            --nj "$nj" --output_dir "$llm_dir/$set" $embed_args
     done
 fi
 data_options="--train_dir $dumpdir/audio/$train_set --valid_dir $dumpdir/audio/$valid_set"
@@ -143,7 +134,7 @@ fi
 if doing 9 "$skip_eval"; then
     begin 9 report
     run cmkt report --expdir "$expdir" --dumpdir "$dumpdir" --llm_dir "$llm_dir" --valid_set "$valid_set" \
-        --output RESULTS.md --command "$command_line"
+        --output "$results" --command "$command_line"
 fi
 end_stage
 log "done in $SECONDS s"

@@ -14,8 +14,11 @@ from cmkt.errors import CmktError
 
 VERBS = {
     "mix": ("cmkt.corpus.mix", "mix clean speech with noise (stage 2)"),
-    "transcribe": ("cmkt.linguistic.transcribe", "recognise speech, for --text_source asr (stage 3)"),
-    "lm-train": ("cmkt.linguistic.lm_train", "train a small language model on transcripts (stage 3)"),
+    "transcribe": (
+        "cmkt.linguistic.transcribe",
+        "recognise speech for want of transcripts (stage 3)",
+    ),
+    "lm-train": ("cmkt.linguistic.lm_train", "train a small language model on text (stage 3)"),
     "embed": ("cmkt.linguistic.embed", "turn transcripts into language-model features (stage 3)"),
     "inspect-store": ("cmkt.linguistic.inspect", "look at language-model features"),
     "train": ("cmkt.espnet_plugin.train", "collect statistics and train (stages 4 and 5)"),

@@ -5,6 +5,7 @@ made from. The same command finds it and does nothing; another option or another
 not match it and the work is done again; a killed stage has left no `.done.json`.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +14,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cmkt.errors import CmktError
 
 MARKER = ".done.json"
 
@@ -48,6 +51,23 @@ def atomic_file(path: Path, mode: str = "w", **kwargs) -> Iterator:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """Hold an output for this process; the system lets go of it however the process ends."""
+    path = output.with_name(f".{output.name}.lock")
+    with open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CmktError(
+                "another process is writing it", output, remedy="wait until it has ended"
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class Stage:
@@ -89,7 +109,15 @@ class Stage:
 
         What a killed run of the same inputs and options left in it is still there, so files
         that were written atomically need not be made again.
+
+        Raises:
+            CmktError: another process is making the same output.
         """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(self.output):
+            yield from self._working_directory()
+
+    def _working_directory(self) -> Iterator[Path]:
         work = self.output.with_name(f".{self.output.name}.work")
         owner = work / ".fingerprint"
         if not (owner.exists() and owner.read_text() == self.fingerprint):

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-import kaldiio
 import numpy as np
 import pytest
 import soundfile
 import yaml
 
 from cmkt.cli import main
-from cmkt.corpus.datadir import DataDirectory
+from cmkt.corpus.datadir import DataDirectory, read_table
+from cmkt.linguistic.store import StoreWriter, finish_store
 from cmkt.stage import Stage
 
 RATE = 16000
@@ -60,18 +60,13 @@ def stores(mixtures) -> Path:
     for name in ("train", "valid"):
         stage = Stage(root / name, [mixtures / "audio" / name], {"model": "toy"})
         with stage.working_directory() as work:
-            text = (mixtures / "audio" / name / "text").read_text().splitlines()
-            matrices = {
-                line.split()[0]: generator.normal(size=(len(line.split()) + 1, 6)).astype("float32")
-                for line in text
-            }
-            kaldiio.save_ark(
-                str(work / "linguistic.ark"), matrices, scp=str(work / "linguistic.scp")
-            )
-            scp = (work / "linguistic.scp").read_text().replace(str(work), str(root / name))
-            (work / "linguistic.scp").write_text(scp)
-            meta = {"model": "toy", "revision": None, "layer": -1, "dimension": 6}
-            (work / "meta.yaml").write_text(yaml.safe_dump(meta))
+            text = read_table(mixtures / "audio" / name / "text")
+            with StoreWriter(work, 1, "float32") as writer:
+                for utterance, line in text.items():
+                    matrix = generator.normal(size=(len(line.split()) + 1, 6))
+                    writer.write({utterance: (f"{line} .", matrix)}, {})
+            meta = {"model": "toy", "revision": None, "layer": -1}
+            finish_store(work, root / name, {u: u for u in text}, text, meta)
     return root
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
-import kaldiio
 import numpy as np
 from espnet2.train.dataset import DATA_TYPES
+
+from cmkt.corpus.datadir import read_table
+from cmkt.linguistic.store import read_matrix
 
 
 class OptionalArk(Mapping):
@@ -18,18 +20,20 @@ class OptionalArk(Mapping):
     """
 
     def __init__(self, path: str):
-        self.matrices = kaldiio.load_scp(str(path))
-        first = next(iter(self.matrices))
-        self.missing = np.zeros((1, self.matrices[first].shape[1]), dtype=np.float32)
+        self.places = read_table(path)
+        first = next(iter(self.places))
+        self.missing = np.zeros((1, self[first].shape[1]), dtype=np.float32)
 
     def __getitem__(self, utterance: str) -> np.ndarray:
-        return self.matrices[utterance] if utterance in self.matrices else self.missing
+        if utterance not in self.places:
+            return self.missing
+        return read_matrix(self.places[utterance], utterance)
 
     def __len__(self) -> int:
-        return len(self.matrices)
+        return len(self.places)
 
     def __iter__(self):
-        return iter(self.matrices)
+        return iter(self.places)
 
 
 # ESPnet takes the first registered name that is a prefix of the requested one; none is of this.

@@ -12,7 +12,8 @@ from cmkt.errors import CmktError
 from cmkt.espnet_plugin.taps import Tap, find_tap, listen, tap_width
 from cmkt.transfer import CrossModalTransfer
 
-CONF_KEYS = ("tap", "alpha", "reduction", "alignment", "misalignment", "linguistic_dim")
+CONF_KEYS = ("tap", "alpha", "reduction", "standardise", "pca", "alignment", "misalignment",
+             "linguistic_dim")  # fmt: skip
 
 
 class TransferEnhancementModel(ESPnetEnhancementModel):
@@ -82,8 +83,9 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
         with listen(self.separator, self.tap) as heard:
             self.forward_enhance(speech, lengths, {})
         tokens = torch.tensor([linguistic.shape[1]], device=speech.device)
+        targets = self.transfer.targets(linguistic)
         _, weights = self.transfer.alignment(
-            heard.sequence, heard.lengths, linguistic, tokens, need_weights=True
+            heard.sequence, heard.lengths, targets, tokens, need_weights=True
         )
         return weights[0]
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+import torch
 from espnet2.tasks.enh import EnhancementTask
 from espnet2.utils.nested_dict_action import NestedDictAction
 from typeguard import TypeCheckError
@@ -9,6 +10,8 @@ from typeguard import TypeCheckError
 import cmkt.espnet_plugin.data  # noqa: F401  registers the data type linguistic_ark
 from cmkt.errors import CmktError
 from cmkt.espnet_plugin.model import TransferEnhancementModel, add_transfer
+from cmkt.linguistic.statistics import read_statistics
+from cmkt.transfer import Targets
 
 
 class TransferEnhancementTask(EnhancementTask):
@@ -29,7 +32,12 @@ class TransferEnhancementTask(EnhancementTask):
             "--transfer_conf",
             action=NestedDictAction,
             default={},
-            help="tap, alpha, reduction, alignment, misalignment, linguistic_dim",
+            help="tap, alpha, reduction, standardise, pca, alignment, misalignment, linguistic_dim",
+        )
+        group.add_argument(
+            "--linguistic_statistics",
+            help="statistics.npz of the training set's store, for standardise and pca; "
+            "--llm_dir sets it",
         )
         group.add_argument(
             "--linguistic_meta",
@@ -80,4 +88,30 @@ class TransferEnhancementTask(EnhancementTask):
                 remedy="`cmkt train --print_config` lists the keys of every part",
             ) from error
         conf = args.transfer_conf if args.transfer == "cmkt" else None
-        return add_transfer(model, args.separator, conf, args.model_conf)
+        model = add_transfer(model, args.separator, conf, args.model_conf)
+        if model.transfer is not None and model.transfer.targets.needs_statistics:
+            set_statistics(model.transfer.targets, args.linguistic_statistics)
+        return model
+
+
+def set_statistics(targets: Targets, path: str | None) -> None:
+    """Set the mean and covariance of a linguistic store.
+
+    Args:
+        targets: of the transfer.
+        path: statistics.npz of the training set's store.
+
+    Raises:
+        CmktError: none is given, it cannot be read, or it is of another dimension.
+    """
+    if path is None:
+        raise CmktError(
+            "transfer_conf.standardise and pca need the statistics of the training set",
+            remedy="give --llm_dir, or --linguistic_statistics STORE/statistics.npz",
+        )
+    mean, covariance = map(torch.from_numpy, read_statistics(path))
+    if len(mean) != len(targets.mean):
+        raise CmktError(
+            f"statistics of {len(mean)} dimensions, but linguistic_dim is {len(targets.mean)}", path
+        )
+    targets.set_statistics(mean, covariance)

@@ -57,9 +57,10 @@ def run(args, rest: list[str]) -> None:
         raise CmktError("--output_dir is not given")
     collect = args.collect_stats == "true"
     config = _read_config(args.config)
-    transfer = config.get("transfer") == "cmkt" and not collect
-    command, inputs = _espnet_command(args, rest, transfer, collect)
     options = {"config": config, **_pairs(rest)}
+    wanted = options["transfer"][-1] if options.get("transfer") else config.get("transfer")
+    transfer = wanted == "cmkt" and not collect
+    command, inputs = _espnet_command(args, rest, transfer, collect)
     stage = Stage(args.output_dir, inputs, {**options, "collect_stats": collect})
     if stage.is_done():
         print(f"{args.output_dir}: up to date")
@@ -67,12 +68,15 @@ def run(args, rest: list[str]) -> None:
     task = _task()
     parsed = _parse(task, command, args.config)
     if transfer and args.llm_dir:
-        from cmkt.linguistic.store import read_meta, require_same_meta
+        from cmkt.linguistic.store import STATISTICS, check_arks, read_meta, require_same_meta
 
         stores = [args.llm_dir / folder.name for folder in (args.train_dir, args.valid_dir)]
         require_same_meta(*stores)
+        for store in stores:
+            check_arks(store)
         meta = read_meta(stores[0])
         parsed.linguistic_meta = meta
+        parsed.linguistic_statistics = str(stores[0] / STATISTICS)
         parsed.transfer_conf = {**parsed.transfer_conf, "linguistic_dim": meta["dimension"]}
     if collect:
         with stage.working_directory() as work, redirect_stderr(io.StringIO()):

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     for name, systems in test_sets.items():
         sections += scores_section(name, systems, has_transfer)
     sections += training_section(expdir, configs, plots, output)
+    sections += text_section(configs)
     sections += attention_section(args, configs, plots)
     sections += origin_section(args.command)
     with atomic_file(output) as stream:
@@ -274,6 +275,41 @@ def training_section(
     if missing:
         sections.append(f"No checkpoint.pth with a finished epoch: {', '.join(missing)}.")
     return sections if len(sections) > 1 else []
+
+
+def text_section(configs: dict[str, dict]) -> list[str]:
+    """Write what text and which language model each training with transfer has learnt from.
+
+    Args:
+        configs: config.yaml by experiment tag; its `linguistic_meta` is the store's meta.yaml.
+    """
+    rows = []
+    for tag, config in configs.items():
+        meta, conf = config.get("linguistic_meta") or {}, config.get("transfer_conf") or {}
+        if config.get("transfer") in (None, "none") or not meta:
+            continue
+        text = meta.get("text") or {}
+        rate = text.get("word_error_rate")
+        targets = "standardised" if conf.get("standardise") else "raw"
+        if conf.get("pca"):
+            targets += f", {conf['pca']} principal components"
+        rows.append([
+            tag,
+            f"{meta['model']}, layer {meta['layer']}, {meta.get('unit', 'token')}",
+            targets,
+            " ".join(filter(None, [text.get("source"), text.get("recogniser")])) or "-",
+            str(meta["utterances"]),
+            "-" if rate is None else f"{100 * rate:.1f} %",
+        ])  # fmt: skip
+    if not rows:
+        return []
+    header = ["training", "language model", "targets", "text", "utterances", "word error rate"]
+    return [
+        "## Text learnt from",
+        "utterances: of the training set, with text. Word error rate: of the text, against the "
+        "transcripts, where there are any.",
+        markdown_table(header, rows),
+    ]
 
 
 def _relative(path: Path, output: Path) -> str:

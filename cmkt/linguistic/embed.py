@@ -1,97 +1,58 @@
 """Turn transcripts into the token embeddings of a frozen language model.
 
-Reads a Kaldi `text` and writes a linguistic store: linguistic.ark and linguistic.scp with one
-float32 matrix (tokens, dimension) per utterance, special tokens left out; tokens (their
-strings), text, and meta.yaml (model, revision, layer, dimension, tokenizer, normaliser).
+Reads a Kaldi `text` and writes a linguistic store: linguistic.<n>.ark and linguistic.scp with one
+matrix (tokens, dimension) per utterance, special tokens left out; tokens (what the rows stand
+for), text, statistics.npz (mean and covariance of all rows) and meta.yaml.
 
-An utterance whose transcript and language model are those of the store that is already in
---output_dir is taken from there. Utterances without a token are named in `skipped`, those
-longer than the model can take in `truncated`.
+Equal texts are computed once. Texts that the store in --output_dir already has, from the same
+language model, are taken from there; an interrupted run goes on at its last batch. Utterances
+without a token are named in `skipped`; `long` names those with more tokens than the model takes,
+which are split (or truncated: `too_long` of the YAML).
 
---llm_config is a YAML with the keys model, revision, sha256 (of the weights), layer, normaliser
-and batch_size; an option given here goes before it. `--model` sets the YAML's model aside
-together with its revision and sha256.
+--llm_config is a YAML such as conf/llm/minilm.yaml; an option given here goes before it. `--model`
+sets the YAML's model aside together with its revision and sha256. It is a local folder, a
+Hugging Face name (the network is used only for one that is not in the cache), or
+package:<module> of an installed package with weights.
 
---model is a local folder, a Hugging Face name, encoder or decoder, or package:<module> of an
-installed package with weights. The network is used only for a name that is not in the cache.
+--text_source
+  transcript   --text holds transcripts (default)
+  asr          --text holds a recogniser's output from the clean speech (cmkt transcribe)
+  asr_noisy    the same from the noisy speech
+  partial:P    a share P of the transcripts, the other utterances count as without text
+  corrupt:W    transcripts with wrong, missing and additional words at a word error rate W
+  shuffled     the transcript of another utterance
+  random       Gaussian vectors of the same mean and covariance, as many as there are tokens
 """
 
 import logging
-from dataclasses import dataclass, fields
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from cmkt import __version__
 from cmkt.corpus.datadir import read_table, write_table
 from cmkt.errors import CmktError
-from cmkt.linguistic.normalise import NORMALISERS
+from cmkt.linguistic.config import CHOICES, LanguageModelConfig, read_config
+from cmkt.linguistic.models import LocalModel, find_model
+from cmkt.linguistic.normalise import NORMALISERS, make_normaliser
+from cmkt.linguistic.sources import TextSource
+from cmkt.parallel import cluster_map, parallel_map
 from cmkt.stage import MARKER, Stage
 
-
-@dataclass
-class LanguageModelConfig:
-    """What a language-model YAML may say; see `cmkt embed --help`."""
-
-    model: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-    layer: int = -1
-    normaliser: str = "none"
-    batch_size: int = 32
-
-    def check(self) -> None:
-        """Refuse values that mean nothing."""
-        if self.model is None:
-            raise CmktError("no language model", remedy="give --llm_config or --model")
-        if self.normaliser not in NORMALISERS:
-            raise CmktError(
-                f"no such normaliser: {self.normaliser}", remedy=f"one of {', '.join(NORMALISERS)}"
-            )
-        if self.batch_size < 1:
-            raise CmktError(f"batch_size {self.batch_size}: want at least 1")
-
-
-TYPES = {key.name: (int if key.type is int else str) for key in fields(LanguageModelConfig)}
-
-
-def read_config(path: str | Path) -> LanguageModelConfig:
-    """Read a language-model YAML.
-
-    Args:
-        path: for example `conf/llm/minilm.yaml`.
-
-    Raises:
-        CmktError: not YAML, an unknown key or a wrong type; names the line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CmktError("no such language-model configuration", path, remedy="see conf/llm/")
-    try:
-        source = path.read_text(encoding="utf-8")
-        root, values = yaml.compose(source), yaml.safe_load(source)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise CmktError("not YAML", path, mark.line + 1 if mark else None) from error
-    known = f"known keys: {', '.join(TYPES)}"
-    if not isinstance(values, dict):
-        raise CmktError("not a YAML mapping", path, remedy=known)
-    for node, _ in root.value:
-        line, key = node.start_mark.line + 1, node.value
-        if key not in TYPES:
-            raise CmktError(f"unknown key {key}", path, line, known)
-        value, wanted = values[key], TYPES[key]
-        optional = value is None and key in ("revision", "sha256")
-        # `type`, because True is an int and a bare number no name.
-        if not optional and type(value) is not wanted:
-            name = {int: "a whole number", str: "text, in quotes if it looks like a number"}[wanted]
-            raise CmktError(f"{key}: {value!r} is not {name}", path, line)
-    config = LanguageModelConfig(**values)
-    try:
-        config.check()
-    except CmktError as error:
-        raise CmktError(str(error), path) from error
-    return config
+BLOCK = 4096  # texts tokenized at once, so that memory does not grow with the corpus
+UNKNOWN = 0.05  # share of the words that the tokenizer may not know without a warning
+# Keys of the YAML that can be given on the command line too.
+OPTIONS = ("model", "revision", "layer", "unit", "dtype", "storage", "normaliser", "batch_tokens")
+NAMED = 10  # utterances in a warning
+REUSED = "linguistic.0.ark"
 
 
 def add_arguments(parser) -> None:
@@ -102,10 +63,17 @@ def add_arguments(parser) -> None:
     add("--llm_config", type=Path, help="language-model YAML, for example conf/llm/minilm.yaml")
     add("--model", help="folder, Hugging Face name or package:<module> (default: the YAML's)")
     add("--revision", help="branch, tag or commit on the hub (default: the YAML's, or main)")
-    add("--layer", type=int, help="hidden layer; 0: input embeddings (default: the YAML's, or -1)")
-    add("--normaliser", choices=list(NORMALISERS), help="default: the YAML's, or none")
-    add("--batch_size", type=int, help="utterances at once (default: the YAML's, or 32)")
+    add("--layer", help="hidden layer by number, a:b for the mean of a range, or input (the static "
+        "embeddings) (default: the YAML's, or -1: the last)")  # fmt: skip
+    for key in ("unit", "dtype", "storage"):
+        add(f"--{key}", choices=CHOICES[key], help="(default: the YAML's, or the first)")
+    add("--normaliser", choices=list(NORMALISERS), help="without options (default: the YAML's)")
+    add("--batch_tokens", type=int, help="tokens at once (default: the YAML's, or 2048)")
+    add("--text_source", default="transcript", help="see above (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of partial, corrupt, shuffled, random (default: 0)")
     add("--device", default="cpu", help="torch device, for example cuda (default: %(default)s)")
+    add("--nj", type=int, default=1, help="processes; on cuda, one GPU each (default: 1)")
+    add("--cluster", type=Path, help="run the --nj parts by Dask, see conf/cluster/*.yaml")
 
 
 def run(args) -> None:
@@ -120,15 +88,31 @@ def run(args) -> None:
     config = read_config(args.llm_config) if args.llm_config else LanguageModelConfig()
     if args.model is not None:
         config.revision = config.sha256 = None
-    for key in ("model", "revision", "layer", "normaliser", "batch_size"):
+    if args.normaliser is not None:
+        config.normaliser_conf = {}
+    for key in OPTIONS:
         if getattr(args, key) is not None:
             setattr(config, key, getattr(args, key))
+    if re.fullmatch(r"-?\d+", str(config.layer)):
+        config.layer = int(config.layer)
     config.check()
-    embed(args.text, args.output_dir, config, args.device)
+    source = TextSource.parse(args.text_source)
+    if source.kind == "none":
+        raise CmktError("--text_source none needs no features", remedy="leave this stage out")
+    if args.nj < 1:
+        raise CmktError(f"--nj {args.nj}: want at least 1")
+    embed(args.text, args.output_dir, config, source, args.seed, args.device, args.nj, args.cluster)
 
 
 def embed(
-    text: str | Path, output_dir: str | Path, config: LanguageModelConfig, device: str = "cpu"
+    text: str | Path,
+    output_dir: str | Path,
+    config: LanguageModelConfig,
+    source: TextSource = TextSource("transcript"),  # noqa: B008  frozen
+    seed: int = 0,
+    device: str = "cpu",
+    nj: int = 1,
+    cluster: Path | None = None,
 ) -> None:
     """Make a linguistic store.
 
@@ -136,17 +120,20 @@ def embed(
         text: transcripts, a Kaldi table.
         output_dir: folder of the store.
         config: the language model and how it is used.
+        source: where the text comes from.
+        seed: of the controls among the sources.
         device: a torch device.
+        nj: number of processes or cluster tasks.
+        cluster: a cluster YAML.
 
     Raises:
         CmktError: bad input; nothing is changed in `output_dir`.
         OSError: for example no space left; nothing is changed in `output_dir`.
     """
-    from cmkt.linguistic.embedder import Embedder, find_model
-    from cmkt.linguistic.store import StoreWriter
+    from cmkt.linguistic.store import check_arks, finish_store, read_written
 
-    output_dir = Path(output_dir)
-    transcripts = _read_text(Path(text))
+    output_dir, text = Path(output_dir), Path(text)
+    transcripts = _read_text(text)
     model = find_model(config.model, config.revision)
     weights_sha256 = model.weights_sha256()
     if config.sha256 not in (None, weights_sha256):
@@ -158,37 +145,54 @@ def embed(
     identity = {
         "model": config.model,
         "revision": model.revision,
-        "layer": config.layer,
-        "normaliser": config.normaliser,
+        **config.features(),
         "weights_sha256": weights_sha256,
         "settings_sha256": model.settings_sha256(),
     }
-    stage = Stage(output_dir, [text], {**identity, "output_dir": str(output_dir)})
-    if stage.is_done():
+    named = source.kind if source.amount is None else f"{source.kind}:{source.amount:g}"
+    options = {**identity, "text_source": named, "seed": seed, "output_dir": str(output_dir)}
+    inputs = [text, text.with_name("meta.yaml")]  # of `cmkt transcribe`
+    stage = Stage(output_dir, inputs, options)
+    if (output_dir / MARKER).exists() and stage.is_done():
+        check_arks(output_dir)
         return
-    old = _Reusable(output_dir, identity, transcripts)
-    new = {u: t for u, t in transcripts.items() if u not in old.utterances}
-    embedder = Embedder(model, config.layer, device) if new else None
+    texts, facts = source.apply(transcripts, seed)
+    normalise = make_normaliser(config.normaliser, config.normaliser_conf)
+    normal = {utterance: normalise(text) for utterance, text in texts.items()}
+    # Utterances of one text share the matrix of the first of them.
+    owners: dict[str, str] = {}
+    for utterance, line in normal.items():
+        owners.setdefault(line, utterance)
+    owners.pop("", None)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with stage.working_directory() as work:
-        with StoreWriter(work) as writer:
-            old.copy_to(writer, config.batch_size)
-            skipped, truncated = {}, old.truncated
-            if embedder:
-                skipped, cut = _embed_new(new, embedder, config, writer)
-                truncated = truncated | cut
-            for what, table in (("skipped", skipped), ("truncated", truncated)):
-                for utterance, why in sorted(table.items()):
-                    logging.warning("%s %s: %s", what, utterance, why)
-                if table:
-                    write_table(work / what, table)
-            if not writer.offsets:
-                raise CmktError("no transcript has a token", text, remedy="check the transcripts")
-            tokenizer = type(embedder.tokenizer).__name__ if embedder else old.tokenizer
-            meta = {**identity, "tokenizer": tokenizer, "cmkt_version": __version__}
-            writer.finish(output_dir, transcripts, meta)
-    reused, total = len(old.utterances), len(writer.offsets)
-    logging.info("%s: %d utterances, %d of them reused", output_dir, total, reused)
+        # The Gaussian vectors of `random` take the place of real ones.
+        real = work / "real" if source.kind == "random" else work
+        real.mkdir(exist_ok=True)
+        tokenizer = _reuse(output_dir, identity, owners, normalise, real)
+        job = Job(real, 1, nj, model, config, device)
+        tokenizer = _embed_parts(owners, real, job, cluster) or tokenizer
+        written, notes = read_written(real)
+        keys = {u: owners[line] for u, line in normal.items() if owners.get(line) in written}
+        if not keys:
+            raise CmktError("no transcript has a token", text, remedy="check the transcripts")
+        if source.kind == "random":
+            _randomise(real, work, written, seed, config.storage)
+        skipped = {u: "no token after normalisation" for u in normal if u not in keys}
+        long = {u: notes[key] for u, key in keys.items() if key in notes}
+        for name, table in (("skipped", skipped), ("long", long)):
+            for utterance, why in list(table.items())[:NAMED]:
+                logging.warning("%s: %s: %s", name, utterance, why)
+            if len(table) > NAMED:
+                logging.warning("%s: %d in all, see %s", name, len(table), output_dir / name)
+            if table:
+                write_table(work / name, table)
+        recorded = {"source": named, **facts, **_facts_of(text)}
+        meta = {**identity, "tokenizer": tokenizer, "text": recorded, "cmkt_version": __version__}
+        finish_store(work, output_dir, keys, texts, meta)
+    different, reused = len(set(keys.values())), sum(e[0] == REUSED for e in written.values())
+    logging.info("%s: %d utterances, %d different texts, %d of them reused",
+                 output_dir, len(keys), different, reused)  # fmt: skip
 
 
 def _read_text(path: Path) -> dict[str, str]:
@@ -196,69 +200,188 @@ def _read_text(path: Path) -> dict[str, str]:
         raise CmktError(
             "this set has no transcripts",
             path,
-            remedy="training without text is the baseline configuration, without `transfer: cmkt`",
+            remedy="--text_source asr lets a recogniser make them, none trains without text",
         )
     return read_table(path)
 
 
-class _Reusable:
-    """What a finished store of the same language model holds for the same transcripts."""
-
-    def __init__(self, folder: Path, identity: dict, transcripts: dict[str, str]):
-        from cmkt.linguistic.store import LinguisticStore
-
-        self.utterances: list[str] = []
-        self.truncated: dict[str, str] = {}
-        self.tokenizer: str | None = None
-        if not (folder / MARKER).exists():
-            return
-        try:
-            self.store = LinguisticStore(folder)
-            text, self.tokens = read_table(folder / "text"), read_table(folder / "tokens")
-        except CmktError:  # not a store, or an incomplete one: it is made anew
-            return
-        if any(self.store.meta.get(key) != value for key, value in identity.items()):
-            return
-        self.tokenizer = self.store.meta.get("tokenizer")
-        self.utterances = [
-            u for u in transcripts if u in self.store and text.get(u) == transcripts[u]
-        ]
-        if (folder / "truncated").exists():
-            table = read_table(folder / "truncated")
-            self.truncated = {u: table[u] for u in self.utterances if u in table}
-
-    def copy_to(self, writer, batch_size: int) -> None:
-        """Copy the entries that `writer` does not have yet."""
-        left = [u for u in self.utterances if u not in writer.offsets]
-        for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            writer.write({u: (self.tokens[u].split(), self.store[u]) for u in batch})
+def _facts_of(text: Path) -> dict:
+    """Return what `cmkt transcribe` says of the text that it made."""
+    meta = text.with_name("meta.yaml")
+    return yaml.safe_load(meta.read_text(encoding="utf-8")) if meta.exists() else {}
 
 
-def _embed_new(texts: dict[str, str], embedder, config, writer) -> tuple[dict, dict]:
-    """Embed the texts that `writer` does not have yet; return skipped and truncated ones."""
+def _reuse(folder: Path, identity: dict, owners: dict, normalise, work: Path) -> str | None:
+    """Copy the matrices that a finished store of the same language model has.
+
+    Args:
+        folder: perhaps such a store.
+        identity: of the language model.
+        owners: {normalised text: key} of the wanted ones.
+        normalise: as for `owners`.
+        work: where the copies go.
+
+    Returns:
+        the name of the tokenizer; None if the store is not of this language model.
+    """
+    from cmkt.linguistic.store import LinguisticStore, StoreWriter
+
+    if not (folder / MARKER).exists():
+        return None
+    try:
+        store = LinguisticStore(folder)
+        text, tokens = read_table(folder / "text"), read_table(folder / "tokens")
+        notes = read_table(folder / "long") if (folder / "long").exists() else {}
+    except CmktError as error:  # it is made anew
+        logging.warning("%s is not reused: %s", folder, error)
+        return None
+    # A store of other values was of another experiment with the same tokens.
+    if store.meta["text"]["source"] == "random":
+        return None
+    if any(store.meta.get(key) != value for key, value in identity.items()):
+        return None
+    with StoreWriter(work, 0, identity["storage"]) as writer:
+        for ark, places in groupby(store.raw(), key=lambda place: place[0]):
+            with open(folder / ark, "rb") as stream:
+                for _, offset, old, end in places:
+                    key = owners.get(normalise(text[old]))
+                    if key is None or key in writer.entries:
+                        continue
+                    stream.seek(offset)
+                    note = {key: notes[old]} if old in notes else {}
+                    writer.write({key: (tokens[old], stream.read(end - offset))}, note)
+    return store.meta["tokenizer"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part of the work, for one process.
+
+    Args:
+        work: folder that holds the texts (`.todo.<of>`) and gets the matrices.
+        number: of the part, from 1.
+        of: number of parts.
+        model: the language model.
+        config: how it is used.
+        device: a torch device.
+        threads: of torch; None leaves it alone.
+    """
+
+    work: Path
+    number: int
+    of: int
+    model: LocalModel
+    config: LanguageModelConfig
+    device: str
+    threads: int | None = None
+
+
+def _embed_parts(owners: dict[str, str], work: Path, job: Job, cluster: Path | None) -> str | None:
+    """Embed what is not written yet, in `job.of` parts; return the name of the tokenizer."""
+    from cmkt.linguistic.store import read_written
+
+    todo = work / f".todo.{job.of}"
+    if not todo.exists():  # else parts are dealt as in the run that was killed
+        for other in work.glob(".todo.*"):
+            other.unlink()
+        written, _ = read_written(work)
+        write_table(todo, {key: line for line, key in owners.items() if key not in written})
+    tokenizer = None
+    if todo.stat().st_size:
+        jobs = [replace(job, number=number) for number in range(1, job.of + 1)]
+        if cluster:
+            tokenizers = cluster_map(embed_part, jobs, cluster, "parts")
+        elif job.of > 1:
+            threads = max((os.cpu_count() or 1) // job.of, 1)
+            jobs = [replace(job, threads=threads) for job in jobs]
+            tokenizers = parallel_map(embed_part, jobs, job.of, "parts", spawn=True)
+        else:
+            tokenizers = map(embed_part, jobs)
+        tokenizer = list(tokenizers)[0]
+    todo.unlink()
+    return tokenizer
+
+
+def embed_part(job: Job) -> str:
+    """Embed one part of the texts; return the name of the tokenizer."""
+    import torch
     from tqdm import tqdm
 
-    normalise = NORMALISERS[config.normaliser]
-    tokens = dict(
-        zip(texts, embedder.tokenize([normalise(t) for t in texts.values()]), strict=True)
-    )
-    skipped = {u: "no tokens after normalisation" for u, t in tokens.items() if not t.strings}
-    truncated = {
-        u: f"truncated from {t.full_length} to {len(t.ids)} tokens, special ones included"
-        for u, t in tokens.items()
-        if t.full_length > len(t.ids)
-    }
-    # Similar lengths share a batch, so little is padded; the longest first, so that a batch too
-    # large for the memory fails at once.
-    queue = sorted((u for u in tokens if u not in skipped), key=lambda u: (-len(tokens[u].ids), u))
-    with tqdm(total=len(queue), desc="embed", unit="utt", mininterval=0.5) as bar:
-        for start in range(0, len(queue), config.batch_size):
-            # Batches are cut from the whole queue, so a resumed run makes the same ones.
-            batch = [u for u in queue[start : start + config.batch_size] if u not in writer.offsets]
-            if batch:
-                matrices = embedder.embed([tokens[u] for u in batch])
-                strings = [tokens[u].strings for u in batch]
-                writer.write(dict(zip(batch, zip(strings, matrices, strict=True), strict=True)))
-            bar.update(len(queue[start : start + config.batch_size]))
-    return skipped, truncated
+    from cmkt.linguistic.embedder import Embedder
+    from cmkt.linguistic.store import StoreWriter
+
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    device = job.device
+    if device == "cuda" and job.of > 1:
+        device = f"cuda:{(job.number - 1) % max(torch.cuda.device_count(), 1)}"
+    embedder = Embedder(job.model, job.config, device)
+    texts = list(read_table(job.work / f".todo.{job.of}").items())
+    size = min(BLOCK, -(-len(texts) // job.of))
+    starts = range(size * (job.number - 1), len(texts), size * job.of)
+    total = sum(min(size, len(texts) - start) for start in starts)
+    label = "embed" if job.of == 1 else f"embed {job.number}/{job.of}"
+    with (
+        StoreWriter(job.work, job.number, job.config.storage) as writer,
+        tqdm(total=total, desc=label, unit="utt", mininterval=0.5) as bar,
+    ):
+        for start in starts:
+            block = dict(texts[start : start + size])
+            if not block.keys() <= writer.entries.keys():
+                prepared = dict(zip(block, embedder.prepare(list(block.values())), strict=True))
+                if start == 0:
+                    _warn_of_unknown(list(prepared.values()))
+                for batch in _batches(prepared, job.config.batch_tokens):
+                    # Batches are cut from the whole block, so a resumed run makes the same ones.
+                    batch = {key: one for key, one in batch.items() if key not in writer.entries}
+                    if batch:
+                        matrices = embedder.embed(list(batch.values()))
+                        rows = zip(batch.items(), matrices, strict=True)
+                        notes = {key: one.note for key, one in batch.items() if one.note}
+                        writer.write({k: (" ".join(p.strings), m) for (k, p), m in rows}, notes)
+            bar.update(len(block))
+    return type(embedder.tokenizer).__name__
+
+
+def _batches(prepared: dict, batch_tokens: int) -> Iterator[dict]:
+    """Cut texts with tokens into batches of similar lengths, so that little is padded.
+
+    The longest come first, so that a batch too large for the memory fails at once.
+    """
+    queue = [(max(map(len, p.windows)), key) for key, p in prepared.items() if p.strings]
+    batch, longest, windows = {}, 0, 0
+    for length, key in sorted(queue, key=lambda item: (-item[0], item[1])):
+        longest, windows = max(longest, length), windows + len(prepared[key].windows)
+        if batch and longest * windows > batch_tokens:
+            yield batch
+            batch, longest, windows = {}, length, len(prepared[key].windows)
+        batch[key] = prepared[key]
+    if batch:
+        yield batch
+
+
+def _warn_of_unknown(prepared: list) -> None:
+    unknown = [string for one in prepared for string in one.unknown]
+    total = sum(len(one.strings) for one in prepared)
+    if total and len(unknown) > UNKNOWN * total:
+        common = [string for string, _ in Counter(unknown).most_common(5)]
+        logging.warning(
+            "the tokenizer does not know %d of the first %d tokens, for example %s: "
+            "is this language model of another language?",
+            len(unknown), total, " ".join(common),
+        )  # fmt: skip
+
+
+def _randomise(real: Path, work: Path, written: dict, seed: int, storage: str) -> None:
+    """Write Gaussian vectors of the statistics of the real ones, as many of them."""
+    from cmkt.linguistic.statistics import Gaussian
+    from cmkt.linguistic.store import StoreWriter, moments_of
+
+    gaussian = Gaussian(*moments_of(real, written).mean_and_covariance())
+    with StoreWriter(work, 1, storage) as writer:
+        for key, (_, _, tokens) in written.items():
+            if key not in writer.entries:
+                generator = np.random.default_rng([seed, *key.encode()])
+                drawn = gaussian.draw(tokens.count(" ") + 1, generator)
+                writer.write({key: (tokens, drawn)}, {})
+    shutil.rmtree(real)

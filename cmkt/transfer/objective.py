@@ -8,6 +8,7 @@ from torch import nn
 from cmkt.transfer.alignment import CrossModalityTransformer
 from cmkt.transfer.loss import cosine_alignment_loss, mean_cosine, text_mask
 from cmkt.transfer.misalignment import Misalignment
+from cmkt.transfer.targets import Targets
 
 
 def _build(kind: type, name: str, conf: dict | None, *positional):
@@ -31,6 +32,10 @@ class CrossModalTransfer(nn.Module):
         alignment: arguments of `CrossModalityTransformer`.
         misalignment: arguments of `Misalignment`.
         reduction: `mean` or `sum` over the tokens of an utterance.
+        standardise: compare with embeddings of mean 0 and variance 1 in each dimension.
+        pca: compare with this many principal components.
+
+    `standardise` and `pca` need the statistics of the training set: `targets.set_statistics`.
 
     Raises:
         ValueError: an unknown key, a wrong type, a value outside its range.
@@ -51,6 +56,8 @@ class CrossModalTransfer(nn.Module):
         alignment: dict | None = None,
         misalignment: dict | None = None,
         reduction: str = "mean",
+        standardise: bool = False,
+        pca: int | None = None,
     ):
         super().__init__()
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
@@ -58,8 +65,9 @@ class CrossModalTransfer(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be mean or sum, not {reduction!r}")
         self.alpha, self.reduction = alpha, reduction
+        self.targets = Targets(linguistic_dim, standardise, pca)
         self.alignment = _build(
-            CrossModalityTransformer, "alignment", alignment, acoustic_dim, linguistic_dim
+            CrossModalityTransformer, "alignment", alignment, acoustic_dim, self.targets.dimension
         )
         self.misalignment = _build(Misalignment, "misalignment", misalignment)
 
@@ -86,6 +94,7 @@ class CrossModalTransfer(nn.Module):
             # Attention from no token would leave parameters without a gradient.
             text = text.new_zeros(len(text), 1, text.shape[2])
         mask = text_mask(text, text_lengths)
+        text = self.targets(text)
         acoustic, target = self.misalignment(acoustic, acoustic_lengths, text, text_lengths)
         zhat, _ = self.alignment(acoustic, acoustic_lengths, text, text_lengths)
         return cosine_alignment_loss(zhat, target, mask, self.reduction)
@@ -109,6 +118,7 @@ class CrossModalTransfer(nn.Module):
             their difference `transfer_gap`; empty when fewer than two utterances have text.
         """
         mask = text_mask(text, text_lengths)
+        text = self.targets(text)
         acoustic_lengths = acoustic_lengths.to(acoustic.device)
         text_lengths = text_lengths.to(text.device)
         chosen = mask.any(1)

@@ -183,3 +183,56 @@ def test_missing_transcripts_are_zeros(stores):
     ark = OptionalArk(str(stores / "train" / "linguistic.scp"))
     assert ark["train7"].shape == (1, 6) and not np.any(ark["train7"])
     assert np.any(ark["train0"])
+
+
+def test_standardised_targets_come_from_the_training_set(
+    tmp_path, mixtures, stores, statistics, capsys
+):
+    from cmkt.espnet_plugin.build import load_training_model
+
+    conf = transfer_conf(standardise=True, pca=4)
+    config = tiny_config(transfer="cmkt", transfer_conf=conf, max_epoch=1)
+    assert train(tmp_path / "exp", config, mixtures, stores, statistics) == 0
+    # The experiment keeps them: the store is not needed to look into a trained model.
+    targets = load_training_model(tmp_path / "exp").transfer.targets
+    with np.load(stores / "train" / "statistics.npz") as found:
+        np.testing.assert_allclose(targets.mean, found["mean"])
+        np.testing.assert_allclose(targets.scale**-2, found["covariance"].diagonal(), rtol=1e-4)
+    without = ["--linguistic_statistics", "nowhere.npz"]
+    for mode in ("train", "valid"):
+        scp = stores / mode / "linguistic.scp"
+        without += [f"--{mode}_data_path_and_name_and_type", f"{scp},linguistic,linguistic_ark"]
+    path = write_config(tmp_path / "c.yaml", tiny_config(
+        transfer="cmkt", transfer_conf={**conf, "linguistic_dim": 6}))  # fmt: skip
+    command = ["train", "--config", str(path), "--output_dir", str(tmp_path / "other"),
+               *data_options(mixtures), "--stats_dir", str(statistics)]  # fmt: skip
+    assert main([*command, *without]) == 1
+    assert "nowhere.npz: no statistics" in capsys.readouterr().err
+    assert main([*command, *without[2:]]) == 1
+    assert "--linguistic_statistics" in capsys.readouterr().err
+
+
+def test_transfer_none_on_the_command_line_equals_the_baseline(
+    tmp_path, mixtures, stores, statistics
+):
+    """What `run.sh --text_source none` does with a CMKT configuration."""
+    config = tiny_config(max_epoch=1, transfer="cmkt", transfer_conf=transfer_conf())
+    missing = tmp_path / "no_store"
+    assert (
+        train(tmp_path / "none", config, mixtures, missing, statistics, "--transfer", "none") == 0
+    )
+    base = tiny_config(max_epoch=1)
+    assert train(tmp_path / "base", base, mixtures, missing, statistics) == 0
+    none, base = weights(tmp_path / "none", 1), weights(tmp_path / "base", 1)
+    assert none.keys() == base.keys()
+    assert all(torch.equal(none[key], base[key]) for key in base)
+
+
+def test_corrupt_store_stops_before_training(tmp_path, mixtures, stores, statistics, capsys):
+    broken = shutil.copytree(stores, tmp_path / "broken")
+    ark = broken / "train" / "linguistic.1.ark"
+    ark.write_bytes(ark.read_bytes()[:-8])
+    config = tiny_config(transfer="cmkt", transfer_conf=transfer_conf())
+    assert train(tmp_path / "exp", config, mixtures, broken, statistics) == 1
+    assert f"{ark}: corrupt store" in capsys.readouterr().err
+    assert not (tmp_path / "exp" / "checkpoint.pth").exists()

@@ -15,8 +15,8 @@ import yaml
 from cmkt.cli import main
 from cmkt.errors import CmktError
 from cmkt.linguistic import embedder as embedder_module
-from cmkt.linguistic.embed import read_config
-from cmkt.linguistic.store import LinguisticStore, read_meta, require_same_meta
+from cmkt.linguistic.config import read_config
+from cmkt.linguistic.store import LinguisticStore, check_arks, read_meta, require_same_meta
 
 MINILM = Path(__file__).resolve().parents[2] / "conf" / "llm" / "minilm.yaml"
 needs_minilm = pytest.mark.skipif(
@@ -142,10 +142,10 @@ def test_states_are_those_of_the_model_run_on_one_text(tmp_path):
 @pytest.mark.parametrize("normaliser", ["none", "lower"])
 def test_decoder_without_pad_token_in_any_batch(tmp_path, decoder, normaliser):
     text = write_text(tmp_path / "text")
-    for size in ("1", "5"):
-        options = ("--batch_size", size, "--normaliser", normaliser)
+    for size in ("1", "1000"):
+        options = ("--batch_tokens", size, "--normaliser", normaliser)
         assert embed(text, tmp_path / size, decoder, *options) == 0
-    one, five = LinguisticStore(tmp_path / "1"), LinguisticStore(tmp_path / "5")
+    one, five = LinguisticStore(tmp_path / "1"), LinguisticStore(tmp_path / "1000")
     for utterance in TEXTS:
         np.testing.assert_allclose(one[utterance], five[utterance], atol=1e-4)
     first = (tmp_path / "1" / "tokens").read_text().splitlines()[0].split(maxsplit=1)[1]
@@ -172,7 +172,7 @@ def test_store_is_read_by_kaldiio_and_omniio_under_its_final_name(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert embed(write_text(tmp_path / "text"), Path("dump/train"), decoder) == 0
     scp = "dump/train/linguistic.scp"
-    assert Path(scp).read_text().startswith("a dump/train/linguistic.ark:")
+    assert Path(scp).read_text().startswith("a dump/train/linguistic.1.ark:")
     readers = [kaldiio]
     if importlib.util.find_spec("omniio"):
         from omniio import kaldi
@@ -217,7 +217,7 @@ def test_an_entry_is_reused_only_if_text_and_model_agree(tmp_path, decoder, embe
 
 def test_killed_run_goes_on_and_ends_as_if_never_killed(tmp_path, decoder, monkeypatch, embedded):
     text, output = write_text(tmp_path / "text"), tmp_path / "store"
-    options = ("--batch_size", "2")
+    options = ("--batch_tokens", "1")  # an utterance at a time
     assert embed(text, output, decoder, *options) == 0
     whole = contents(output)
     shutil.rmtree(output)
@@ -225,7 +225,7 @@ def test_killed_run_goes_on_and_ends_as_if_never_killed(tmp_path, decoder, monke
     real = embedder_module.Embedder.embed
 
     def killed(self, batch):
-        if len(embedded) == 5:  # three batches of the whole run, two of this one
+        if len(embedded) == 7:  # five batches of the whole run, two of this one
             raise KeyboardInterrupt
         return real(self, batch)
 
@@ -233,13 +233,13 @@ def test_killed_run_goes_on_and_ends_as_if_never_killed(tmp_path, decoder, monke
     assert embed(text, output, decoder, *options) == 130
     assert not output.exists()
     work = tmp_path / ".store.work"
-    for name in ("linguistic.ark", ".batches.jsonl"):  # a kill leaves part of a write
+    for name in ("linguistic.1.ark", ".batches.1.jsonl"):  # a kill leaves part of a write
         with (work / name).open("ab") as stream:
             stream.write(b'{"end": 1')
     monkeypatch.setattr(embedder_module.Embedder, "embed", real)
     assert embed(text, output, decoder, *options) == 0
     assert contents(output) == whole
-    assert len(embedded) == 6  # only the third batch was still to do
+    assert len(embedded) == 10  # only three were still to do
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
@@ -252,7 +252,7 @@ def test_no_space_left_keeps_the_old_store(tmp_path, decoder, capsys):
     work = tmp_path / ".store.work"
     work.mkdir()
     (work / ".fingerprint").write_text(mark)
-    (work / "linguistic.ark").symlink_to("/dev/full")
+    (work / "linguistic.1.ark").symlink_to("/dev/full")
     assert embed(text, output, decoder, "--layer", "1") == 1
     assert "no space left" in capsys.readouterr().err
     assert contents(output) == old
@@ -262,12 +262,17 @@ def test_too_long_and_empty_transcripts_are_named(tmp_path, decoder, caplog):
     texts = {**TEXTS, "f": "Z" * 100}
     text, output = write_text(tmp_path / "text", texts), tmp_path / "store"
     assert embed(text, output, decoder) == 0
-    assert LinguisticStore(output)["f"].shape == (48, 8)
-    assert (output / "truncated").read_text().startswith("f truncated from 100 to 48")
-    assert "truncated f" in caplog.text
+    assert LinguisticStore(output)["f"].shape == (100, 8)
+    assert (output / "long").read_text().startswith("f split into 3")
+    assert "long: f: split" in caplog.text
     write_text(text, {**texts, "g": "NEW"})  # f is reused, and still told
     assert embed(text, output, decoder) == 0
-    assert (output / "truncated").exists()
+    assert (output / "long").read_text().startswith("f split into 3")
+    config = tmp_path / "llm.yaml"
+    config.write_text(yaml.safe_dump({"model": str(decoder), "too_long": "truncate"}))
+    assert embed(text, output, config) == 0
+    assert LinguisticStore(output)["f"].shape == (48, 8)
+    assert (output / "long").read_text().startswith("f truncated from 100 to 48")
 
 
 @needs_minilm
@@ -276,7 +281,7 @@ def test_transcript_without_tokens_is_left_out_and_named(tmp_path, caplog):
     assert embed(text, tmp_path / "store", MINILM) == 0
     assert list(LinguisticStore(tmp_path / "store")) == ["a", "c"]
     assert (tmp_path / "store" / "skipped").read_text().startswith("b ")
-    assert "skipped b" in caplog.text
+    assert "skipped: b" in caplog.text
     write_text(text, {"b": "\u200b"})
     assert embed(text, tmp_path / "none", MINILM) == 1
     assert not (tmp_path / "none").exists()
@@ -342,7 +347,7 @@ def test_weights_that_would_be_random_are_refused(tmp_path, decoder, capsys):
         ("--layer", "3", "the model has 2 layers"),
         ("--layer", "-4", "the model has 2 layers"),
         ("--device", "nonsense", "device nonsense"),
-        ("--batch_size", "0", "at least 1"),
+        ("--batch_tokens", "0", "at least 1"),
         ("--revision", "main", "only a model on the hub"),
     ],
 )
@@ -357,10 +362,10 @@ def test_bad_options(tmp_path, decoder, capsys, option, value, reason):
     ("line", "reason"),
     [
         ("modle: x", "unknown key modle"),
-        ("layer: last", "layer: 'last' is not a whole number"),
+        ("layer: last", "layer: 'last' is no layer"),
         ("layer: true", "not a whole number"),
         ("revision: 123", "not text"),
-        ("normaliser: upper", "no such normaliser"),
+        ("normaliser: upper", "normaliser: 'upper' is not one of"),
         ("layer: [", "not YAML"),
     ],
 )
@@ -371,7 +376,7 @@ def test_bad_yaml_names_file_and_line(tmp_path, line, reason):
         read_config(path)
     assert str(path) in str(raised.value)
     if "key" in reason:
-        assert f"{path}:3:" in str(raised.value) and "batch_size" in str(raised.value)
+        assert f"{path}:3:" in str(raised.value) and "batch_tokens" in str(raised.value)
 
 
 def test_weights_other_than_the_yaml_says_are_refused(tmp_path, decoder, capsys):
@@ -395,3 +400,162 @@ def test_stores_of_two_models_are_told_apart(tmp_path, decoder):
         require_same_meta(tmp_path / "train", tmp_path / "other")
     with pytest.raises(CmktError, match="not a linguistic store"):
         read_meta(tmp_path)
+
+
+def test_equal_texts_share_one_matrix(tmp_path, decoder, embedded):
+    texts = {**TEXTS, "a2": TEXTS["a"], "d2": TEXTS["d"], "d3": TEXTS["d"]}
+    output = tmp_path / "store"
+    assert embed(write_text(tmp_path / "text", dict(sorted(texts.items()))), output, decoder) == 0
+    assert [len(batch) for batch in embedded] == [5]
+    store = LinguisticStore(output)
+    assert list(store) == sorted(texts) and store.meta["utterances"] == 8
+    assert len(set(store.places.values())) == 5
+    for utterance, text in texts.items():
+        np.testing.assert_array_equal(store[utterance], store[utterance[0]])
+        assert len(store[utterance]) == len(tokens_of(output)[utterance]), text
+    # The owner of a shared matrix goes, the others stay.
+    del texts["d"], texts["a2"]
+    before = store["d2"]
+    write_text(tmp_path / "text", dict(sorted(texts.items())))
+    assert embed(tmp_path / "text", output, decoder) == 0
+    assert len(embedded) == 1
+    np.testing.assert_array_equal(LinguisticStore(output)["d3"], before)
+    assert dict(kaldiio.load_ark(str(output / "linguistic.0.ark"))).keys() == set("abcde") - {
+        "d"
+    } | {"d2"}
+
+
+def tokens_of(folder: Path) -> dict[str, list[str]]:
+    lines = (folder / "tokens").read_text(encoding="utf-8").splitlines()
+    return {line.split()[0]: line.split()[1:] for line in lines}
+
+
+@pytest.mark.parametrize("storage", ["float32", "16bit", "8bit"])
+def test_store_in_parts_of_any_format_is_that_of_one_process(tmp_path, decoder, storage):
+    texts = {f"u{n:03d}": f"LINE {n} OF {n * n}" for n in range(60)}
+    text = write_text(tmp_path / "text", texts)
+    assert embed(text, tmp_path / "one", decoder) == 0
+    assert embed(text, tmp_path / "two", decoder, "--nj", "2", "--storage", storage) == 0
+    one, two = LinguisticStore(tmp_path / "one"), LinguisticStore(tmp_path / "two")
+    assert sorted(two.meta["arks"]) == ["linguistic.1.ark", "linguistic.2.ark"]
+    assert list(one) == list(two) == list(texts)
+    tolerance = {"float32": 1e-5, "16bit": 1e-3, "8bit": 0.05}[storage]
+    for utterance in texts:
+        np.testing.assert_allclose(two[utterance], one[utterance], atol=tolerance)
+    assert tokens_of(tmp_path / "one") == tokens_of(tmp_path / "two")
+    # Entries of compressed stores are copied as they are: nothing is lost by adding to one.
+    before = dict(two)
+    write_text(text, {**texts, "v": "ONE MORE"})
+    assert embed(text, tmp_path / "two", decoder, "--storage", storage) == 0
+    after = LinguisticStore(tmp_path / "two")
+    for utterance in texts:
+        np.testing.assert_array_equal(after[utterance], before[utterance])
+
+
+def test_cluster_gives_the_same_store(tmp_path, decoder):
+    pytest.importorskip("distributed")
+    text = write_text(tmp_path / "text")
+    cluster = Path(__file__).resolve().parents[2] / "conf" / "cluster" / "local.yaml"
+    assert embed(text, tmp_path / "one", decoder) == 0
+    options = ("--nj", "2", "--cluster", str(cluster))
+    assert embed(text, tmp_path / "two", decoder, *options) == 0
+    one, two = LinguisticStore(tmp_path / "one"), LinguisticStore(tmp_path / "two")
+    for utterance in TEXTS:
+        np.testing.assert_allclose(two[utterance], one[utterance], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "reason"),
+    [("env: moon", "want one of local, slurm"), ("a: [", "not YAML"), ("workers: 2", "n_workers")],
+)
+def test_bad_cluster_yaml(tmp_path, decoder, capsys, yaml_text, reason):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml_text)
+    text = write_text(tmp_path / "text")
+    assert embed(text, tmp_path / "store", decoder, "--cluster", str(path)) == 1
+    assert f"{path}: " in (error := capsys.readouterr().err) and reason in error
+
+
+def test_statistics_are_those_of_all_rows(tmp_path, decoder):
+    assert embed(write_text(tmp_path / "text"), tmp_path / "store", decoder) == 0
+    rows = np.concatenate(list(LinguisticStore(tmp_path / "store").values())).astype(np.float64)
+    with np.load(tmp_path / "store" / "statistics.npz") as statistics:
+        np.testing.assert_allclose(statistics["mean"], rows.mean(0), atol=1e-5)
+        np.testing.assert_allclose(statistics["covariance"], np.cov(rows.T, bias=True), atol=1e-5)
+        assert statistics["rows"] == len(rows) == read_meta(tmp_path / "store")["rows"]
+
+
+def test_text_sources_are_recorded_and_make_what_they_say(tmp_path, decoder):
+    texts = {f"u{n}": f"THE {word} SAT" for n, word in enumerate("KING QUEEN BANANA MAN".split())}
+    text, stores = write_text(tmp_path / "text", texts), {}
+    for source in ("transcript", "partial:0.5", "corrupt:0.5", "shuffled", "random"):
+        folder = tmp_path / source
+        assert embed(text, folder, decoder, "--text_source", source, "--seed", "3") == 0
+        stores[source] = LinguisticStore(folder)
+        assert stores[source].meta["text"]["source"] == source
+        require_same_meta(tmp_path / "transcript", folder)
+    assert "word_error_rate" in stores["corrupt:0.5"].meta["text"]
+    true = stores["transcript"]
+    assert len(stores["partial:0.5"]) == 2
+    for utterance, matrix in stores["partial:0.5"].items():
+        np.testing.assert_allclose(matrix, true[utterance], atol=1e-5)
+    shuffled = (tmp_path / "shuffled" / "text").read_text().splitlines()
+    for line in shuffled:
+        utterance, words = line.split(maxsplit=1)
+        assert words != texts[utterance] and words in texts.values()
+    for utterance, matrix in stores["random"].items():
+        assert matrix.shape == true[utterance].shape
+        assert not np.allclose(matrix, true[utterance], atol=0.1)
+    # Random vectors are never taken for those of a language model.
+    assert embed(text, tmp_path / "random", decoder) == 0
+    np.testing.assert_allclose(LinguisticStore(tmp_path / "random")["u0"], true["u0"], atol=1e-5)
+
+
+def test_source_none_and_unknown_sources_are_refused(tmp_path, decoder, capsys):
+    text = write_text(tmp_path / "text")
+    assert embed(text, tmp_path / "store", decoder, "--text_source", "none") == 1
+    assert "leave this stage out" in capsys.readouterr().err
+    assert embed(text, tmp_path / "store", decoder, "--text_source", "guess") == 1
+    assert "one of transcript, asr" in capsys.readouterr().err
+
+
+def test_corrupt_store_is_named_and_not_reused(tmp_path, decoder, capsys, caplog):
+    text, output = write_text(tmp_path / "text"), tmp_path / "store"
+    assert embed(text, output, decoder) == 0
+    ark = output / "linguistic.1.ark"
+    whole = ark.read_bytes()
+    ark.write_bytes(whole[:-20])
+    with pytest.raises(CmktError, match=f"{ark}: corrupt store: {len(whole) - 20} bytes"):
+        check_arks(output)
+    assert embed(text, output, decoder) == 1  # the same command
+    assert "corrupt store" in capsys.readouterr().err
+    write_text(text, {**TEXTS, "f": "MORE"})
+    assert embed(text, output, decoder) == 0  # all of it is made anew
+    assert "is not reused" in caplog.text
+    check_arks(output)
+    # Right in size, wrong inside.
+    ark.write_bytes(b"\xff" * len(ark.read_bytes()))
+    with pytest.raises(CmktError, match="corrupt store: no matrix of utterance a"):
+        LinguisticStore(output)["a"]
+
+
+def test_store_that_another_process_writes_is_left_to_it(tmp_path, decoder, capsys):
+    import fcntl
+
+    text, output = write_text(tmp_path / "text"), tmp_path / "store"
+    with open(tmp_path / ".store.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert embed(text, output, decoder) == 1
+        assert f"{output}: another process is writing it" in capsys.readouterr().err
+    assert embed(text, output, decoder) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "store"}
+
+
+@needs_minilm
+def test_text_of_another_language_is_warned_of(tmp_path, caplog):
+    write_text(tmp_path / "text", TEXTS)
+    assert embed(tmp_path / "text", tmp_path / "english", MINILM) == 0
+    assert "another language" not in caplog.text
+    write_text(tmp_path / "text", {"a": "ҿҿҿ ԙԙԙ ԗԗ", "b": "ԑԑ ԅԅԅ"})
+    assert embed(tmp_path / "text", tmp_path / "other", MINILM) == 0
+    assert "another language" in caplog.text and "ҿ" in caplog.text

@@ -1,4 +1,4 @@
-"""Make the embedded corpus: synthesised English speech and generated noise.
+"""Make the embedded corpus: synthesised English or Mandarin speech and generated noise.
 
 Writes data/{train,valid,test}, Kaldi data directories of clean speech at 16 kHz, and
 data/noise/{train,valid,test}. Voices, sentences and noise recordings are disjoint between the
@@ -19,8 +19,8 @@ import numpy as np
 import soundfile
 from espeak import RATE, Voice, require_espeak, synthesise
 from noises import BABBLE, FAMILIES, MAKERS
-from sentences import split_sentences
-from voices import SPEAKERS
+from sentences import GRAMMARS, split_sentences
+from voices import speakers
 
 from cmkt.corpus.datadir import DataDirectory
 from cmkt.corpus.noise import fit_length
@@ -60,23 +60,23 @@ def make_utterance(job: tuple[Path, str, Voice, int]) -> None:
     write_audio(path, synthesise(text, voice), level)
 
 
-def make_recording(job: tuple[Path, str, str, list[str], int]) -> None:
+def make_recording(job: tuple[Path, str, str, list[str], dict]) -> None:
     """Make one recording of a noise family."""
-    path, name, family, sentences, seed = job
-    generator, count = generator_for(seed, path.stem), RECORDING * RATE
+    path, name, family, sentences, options = job
+    generator, count = generator_for(options["seed"], path.stem), RECORDING * RATE
     if family == "babble":
-        samples = babble(generator, count, name, sentences)
+        samples = babble(generator, count, name, sentences, options["lang"])
     else:
         samples = MAKERS[family](generator, count)
     write_audio(path, samples - samples.mean(), NOISE_LEVEL)
 
 
 def babble(
-    generator: np.random.Generator, count: int, name: str, sentences: list[str]
+    generator: np.random.Generator, count: int, name: str, sentences: list[str], lang: str
 ) -> np.ndarray:
     """Lay voices over each other that are no speakers of the set, each with its own order."""
     talkers, spread = BABBLE[name]
-    voices = SPEAKERS["babble_test" if name == "test" else "babble_train"]
+    voices = speakers(lang)["babble_test" if name == "test" else "babble_train"]
     total = np.zeros(count)
     for chosen in generator.choice(len(voices), talkers, replace=False):
         text = ", ".join(sentences[i] for i in generator.permutation(len(sentences)))
@@ -102,9 +102,9 @@ def make_set(name: str, sentences: list[str], folder: Path, options: dict, nj: i
         return
     with stage.working_directory() as work:
         (work / "audio").mkdir(exist_ok=True)
-        data, jobs = DataDirectory({}, {}), []
+        data, jobs, voices = DataDirectory({}, {}), [], speakers(options["lang"])[name]
         for number, text in enumerate(sentences):
-            voice = SPEAKERS[name][number % len(SPEAKERS[name])]
+            voice = voices[number % len(voices)]
             utterance = f"{voice.name}-{number:05d}"
             data.wav[utterance] = f"{folder}/audio/{utterance}.flac"
             data.utt2spk[utterance], data.text[utterance] = voice.name, text
@@ -125,7 +125,7 @@ def make_noise(
     with stage.working_directory() as work:
         # The set is in the name, hence in the random generator: no recording is in two sets.
         jobs = [
-            (work / f"{family}-{name}-{n:02d}.flac", name, family, sentences, options["seed"])
+            (work / f"{family}-{name}-{n:02d}.flac", name, family, sentences, options)
             for n in range(number)
             for family in families
         ]
@@ -142,6 +142,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--corpus_dir", default="", help="not used: this corpus is made, not read")
     parser.add_argument("--data_dir", type=Path, default="data", help="(default %(default)s)")
+    parser.add_argument(
+        "--lang", default="en", choices=list(GRAMMARS), help="language (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     parser.add_argument("--nj", type=int, default=2, help="parallel jobs (default %(default)s)")
     for name, count in (("train", 900), ("valid", 60), ("test", 30)):
@@ -173,10 +176,11 @@ def make_corpus(args: argparse.Namespace) -> None:
     counts.update({f"babble_{name}": BABBLE_SENTENCES for name in SETS})
     counts["train"] = args.train_utterances
     try:
-        sentences = split_sentences(counts, args.seed)
+        sentences = split_sentences(counts, args.seed, args.lang)
     except ValueError as error:
         raise CmktError(str(error), remedy="ask for fewer utterances") from error
-    options = {"seed": args.seed, "espeak": importlib.metadata.version("espeakng-loader")}
+    espeak = importlib.metadata.version("espeakng-loader")
+    options = {"lang": args.lang, "seed": args.seed, "espeak": espeak}
     args.data_dir.mkdir(parents=True, exist_ok=True)
     for name in SETS:
         make_set(name, sentences[name], args.data_dir / name, options, args.nj)

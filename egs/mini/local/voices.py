@@ -1,5 +1,8 @@
 """The speakers of each set and of its babble; no variant of espeak-ng is in two of them."""
 
+import re
+from dataclasses import replace
+
 from espeak import Voice
 
 
@@ -73,3 +76,23 @@ SPEAKERS = {
         ],
     ),
 }
+
+
+def speakers(lang: str) -> dict[str, list[Voice]]:
+    """Return the speakers of a language, by set.
+
+    Mandarin has one accent only: the variants of the English speakers speak it, 1.2 times as
+    fast, because at the same rate espeak-ng says a sentence more slowly.
+
+    Args:
+        lang: `en` or `zh`.
+    """
+    if lang == "en":
+        return SPEAKERS
+    return {
+        name: [
+            replace(voice, voice=re.sub("^[^+]+", "cmn", voice.voice), rate=voice.rate * 6 // 5)
+            for voice in voices
+        ]
+        for name, voices in SPEAKERS.items()
+    }

@@ -1,0 +1,140 @@
+"""Where the text of a training comes from: transcripts, a recogniser, or a control.
+
+    transcript   the transcripts
+    asr          a recogniser's, from the clean speech (`cmkt transcribe`)
+    asr_noisy    a recogniser's, from the noisy speech
+    partial:P    a share P of the transcripts; the other utterances count as without text
+    corrupt:W    transcripts with substituted, deleted and inserted words at a word error rate W
+    shuffled     the transcript of another utterance
+    random       Gaussian vectors of the same mean and covariance, as many as there are tokens
+    none         no text: no transfer at all
+
+The last five are for studies. All but the recogniser's are made here, from the transcripts and a
+seed. A text without spaces, as in Mandarin, is corrupted character by character.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+from cmkt.errors import CmktError
+
+PLAIN = ("transcript", "asr", "asr_noisy", "shuffled", "random", "none")
+WITH_AMOUNT = ("partial", "corrupt")
+# Of the errors; recognisers substitute most.
+SUBSTITUTIONS, DELETIONS = 0.6, 0.2
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A source of text.
+
+    Args:
+        kind: see the module's text.
+        amount: P of `partial`, W of `corrupt`.
+    """
+
+    kind: str
+    amount: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "TextSource":
+        """Read `--text_source`.
+
+        Raises:
+            CmktError: no such source, or an amount outside (0, 1].
+        """
+        kind, colon, amount = text.partition(":")
+        if not colon and kind in PLAIN:
+            return cls(kind)
+        try:
+            if kind in WITH_AMOUNT and 0 < float(amount) <= 1:
+                return cls(kind, float(amount))
+        except ValueError:
+            pass
+        raise CmktError(
+            f"--text_source {text}: no such source of text",
+            remedy=f"one of {', '.join(PLAIN)}, or {':P, '.join(WITH_AMOUNT)}:P with P in (0, 1]",
+        )
+
+    def apply(self, transcripts: dict[str, str], seed: int) -> tuple[dict[str, str], dict]:
+        """Make the text of a training.
+
+        Args:
+            transcripts: {utterance: text}; a recogniser's for `asr` and `asr_noisy`.
+            seed: of the controls.
+
+        Returns:
+            {utterance: text} and facts to record, for example the word error rate.
+        """
+        if self.kind == "partial":
+            wanted = round(self.amount * len(transcripts))
+            # In the order of a hash, so that a larger share contains a smaller one.
+            kept = sorted(transcripts, key=lambda u: _digest(seed, u))[:wanted]
+            return {u: transcripts[u] for u in sorted(kept)}, {"seed": seed}
+        if self.kind == "shuffled":
+            return _shuffled(transcripts, seed), {"seed": seed}
+        if self.kind == "corrupt":
+            texts, rate = _corrupted(transcripts, self.amount, seed)
+            return texts, {"seed": seed, "word_error_rate": round(rate, 4)}
+        return transcripts, {"seed": seed} if self.kind == "random" else {}
+
+
+def _digest(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+
+
+def _shuffled(transcripts: dict[str, str], seed: int) -> dict[str, str]:
+    """Give every utterance the text of the next one in a random circle."""
+    order = sorted(transcripts, key=lambda u: _digest(seed, u))
+    following = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+    return {utterance: transcripts[following[utterance]] for utterance in transcripts}
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text into words, or into characters if it has no space."""
+    return text.split() if " " in text else list(text)
+
+
+def word_error_rate(references: list[str], hypotheses: list[str]) -> float:
+    """Return the word error rate; the character error rate of texts without spaces."""
+    import jiwer
+
+    pairs = [[" ".join(words_of(text)) for text in texts] for texts in (references, hypotheses)]
+    return jiwer.wer(*pairs)
+
+
+def _corrupted(
+    transcripts: dict[str, str], target: float, seed: int
+) -> tuple[dict[str, str], float]:
+    """Corrupt all texts at a word error rate; return them and the rate that was reached."""
+    vocabulary = [word for text in transcripts.values() for word in words_of(text)]
+    rate = target
+    # Neighbouring errors merge (a deletion beside an insertion is one substitution), so more of
+    # them are needed than the rate says.
+    for _ in range(6):
+        texts = {
+            utterance: _corrupt(text, rate, vocabulary, random.Random(_digest(seed, utterance)))
+            for utterance, text in transcripts.items()
+        }
+        reached = word_error_rate(list(transcripts.values()), list(texts.values()))
+        if abs(reached - target) < 0.005 or not reached:
+            break
+        rate = min(rate * target / reached, 1.0)
+    return texts, reached
+
+
+def _corrupt(text: str, rate: float, vocabulary: list[str], generator: random.Random) -> str:
+    spaced = " " in text
+    words = []
+    for word in words_of(text):
+        if generator.random() >= rate:
+            words.append(word)
+            continue
+        kind, other = generator.random(), generator.choice(vocabulary)
+        if kind < SUBSTITUTIONS:
+            words.append(other)
+        elif kind >= SUBSTITUTIONS + DELETIONS:
+            words += [word, other]
+    # A text must keep a word: an empty one would count as an utterance without a transcript.
+    return (" " if spaced else "").join(words) or generator.choice(vocabulary)
