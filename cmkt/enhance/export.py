@@ -21,7 +21,7 @@ DEFAULT_CHECKPOINTS = ("valid.loss_se.ave.pth", "valid.loss_se.best.pth")
 PARTS = ("encoder", "separator", "decoder", "mask_module")
 CONFIG_KEYS = (*PARTS, *(f"{part}_conf" for part in PARTS),
                "criterions", "model_conf", "num_spk", "version")  # fmt: skip
-LLM_KEYS = ("model", "revision", "layer", "dimension")
+LLM_KEYS = ("model", "revision", "layer", "unit", "dimension")
 
 
 def add_arguments(parser) -> None:
@@ -153,6 +153,8 @@ def describe(
                 sets[mode] = Path(path).parent.name
     trained_with = config.get("linguistic_meta") or {}
     llm = {key: trained_with[key] for key in LLM_KEYS if key in trained_with}
+    if "text" in trained_with:
+        llm["text_source"] = trained_with["text"]["source"]
     if "model" in llm and Path(str(llm["model"])).is_absolute():
         llm["model"] = Path(llm["model"]).name  # a local folder: its place is nobody's business
     return {

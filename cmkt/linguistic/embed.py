@@ -48,6 +48,7 @@ from cmkt.parallel import cluster_map, parallel_map
 from cmkt.stage import MARKER, Stage
 
 BLOCK = 4096  # texts tokenized at once, so that memory does not grow with the corpus
+PART = 500  # texts that are worth the start of a process
 UNKNOWN = 0.05  # share of the words that the tokenizer may not know without a warning
 # Keys of the YAML that can be given on the command line too.
 OPTIONS = ("model", "revision", "layer", "unit", "dtype", "storage", "normaliser", "batch_tokens")
@@ -235,10 +236,9 @@ def _reuse(folder: Path, identity: dict, owners: dict, normalise, work: Path) ->
     except CmktError as error:  # it is made anew
         logging.warning("%s is not reused: %s", folder, error)
         return None
-    # A store of other values was of another experiment with the same tokens.
-    if store.meta["text"]["source"] == "random":
-        return None
     if any(store.meta.get(key) != value for key, value in identity.items()):
+        return None
+    if store.meta["text"]["source"] == "random":  # no vectors of a language model
         return None
     with StoreWriter(work, 0, identity["storage"]) as writer:
         for ark, places in groupby(store.raw(), key=lambda place: place[0]):
@@ -280,6 +280,7 @@ def _embed_parts(owners: dict[str, str], work: Path, job: Job, cluster: Path | N
     """Embed what is not written yet, in `job.of` parts; return the name of the tokenizer."""
     from cmkt.linguistic.store import read_written
 
+    job = replace(job, of=max(min(job.of, len(owners) // PART), 1))
     todo = work / f".todo.{job.of}"
     if not todo.exists():  # else parts are dealt as in the run that was killed
         for other in work.glob(".todo.*"):

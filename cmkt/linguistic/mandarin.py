@@ -10,6 +10,7 @@ from cmkt.linguistic.characters import HAN, drop_punctuation, tidy, unify
 
 HAN_SPACE = re.compile(f"(?<=[{HAN}]) +| +(?=[{HAN}])")
 SYLLABLE = re.compile(r"((?<!\S)[a-zê]+[1-5](?!\S))")  # of Pinyin, by itself
+UNREAD = re.compile(f"([{HAN}])5?")  # pypinyin gives the neutral tone to what it cannot read
 GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 # wetext escapes quotes and backslashes, so it never sees them.
 NUMBER_CONTEXT = re.compile(r'(?=\S)[^"\\]*\d(?:[^"\\]*[^"\\\s])?')
@@ -62,7 +63,7 @@ def _pinyin_writer() -> Callable[[str], str]:
         syllables = pypinyin.lazy_pinyin(
             text, style=pypinyin.Style.TONE3, neutral_tone_with_five=True
         )
-        return tidy(" ".join(syllables))
+        return tidy(UNREAD.sub(r" \1 ", " ".join(syllables)))
 
     return write
 

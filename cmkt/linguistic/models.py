@@ -145,7 +145,7 @@ def _hub_model(name: str, revision: str | None) -> LocalModel:
             f"the language model {name} is gated: {_reason(error)}",
             remedy=f"ask for access at {constants.ENDPOINT}/{name}, then `hf auth login`",
         ) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the hub's client, or of the network library under it
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise CmktError(

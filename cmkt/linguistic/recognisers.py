@@ -4,7 +4,6 @@ Every one turns one utterance into a text that depends on that utterance alone, 
 the order nor the number of jobs changes a transcript.
 """
 
-import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from cmkt.errors import CmktError
+from cmkt.linguistic.models import find_model
 
 KINDS = ("pocketsphinx", "transformers", "espnet")
 # Longer audio is given to a CTC model in overlapping pieces, for its memory grows with the square
@@ -79,11 +79,11 @@ class RecogniserChoice:
 
             files = [file for file in find_espnet_model(model).values() if file.is_file()]
             return cls(kind, {**identity, "sha256": _sha256(files)}, Path(model), None, device)
-        folder, revision = _find_transformers_model(model)
-        source = {"revision": revision}
-        if revision is None:
-            source = {"sha256": _sha256(_weight_files(folder))}
-        return cls(kind, {**identity, **source}, folder, language, device)
+        found = find_model(model)
+        source = {"revision": found.revision}
+        if found.revision is None:
+            source = {"sha256": found.weights_sha256()}
+        return cls(kind, {**identity, **source}, found.folder, language, device)
 
     def load(self, threads: int | None = None) -> Recogniser:
         """Load the model.
@@ -124,45 +124,6 @@ def _sha256(files: Iterable[Path]) -> str:
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-    return sorted(files)
-
-
-def _find_transformers_model(name: str) -> tuple[Path, str | None]:
-    """Return the folder of a model, and its commit if it comes from the hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CmktError("not a model folder: no config.json", folder, remedy="copy all of it")
-        return folder, None
-    if name.startswith(("/", ".", "~")):
-        raise CmktError(f"no such recogniser folder: {name}", remedy="check the path")
-    from huggingface_hub import snapshot_download
-
-    # Doubles of the weights in other formats are left on the hub.
-    wanted = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-    for options in (
-        {"local_files_only": True},
-        {"allow_patterns": wanted},
-        {"allow_patterns": [*wanted, "pytorch_model*.bin"]},
-    ):
-        try:
-            folder = Path(snapshot_download(name, **options))
-        except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            continue
-        if (folder / "config.json").is_file() and _weight_files(folder):
-            return folder, folder.name  # a snapshot's folder is named by its commit
-        reason = "it has no weights that transformers reads"
-    raise CmktError(
-        f"the recogniser {name} is not on this machine and cannot be downloaded: {reason}",
-        remedy=f"give a local folder, or run once with network: hf download {name}",
-    )
 
 
 def _prepare_torch(device: str, threads: int | None) -> None:
@@ -241,8 +202,8 @@ class TransformersRecogniser:
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise CmktError(
-                f"not a trained recogniser: the weights lack {len(missing)} parameters, for example "
-                f"{missing[0]}",
+                f"not a trained recogniser: the weights lack {len(missing)} parameters, "
+                f"for example {missing[0]}",
                 folder,
                 remedy="take one that was fine-tuned for recognition",
             )

@@ -271,7 +271,7 @@ def _compare(references: dict[str, str], texts: dict[str, str], work: Path) -> d
     total = dict(zip(names, map(sum, zip(*errors.values(), strict=True)), strict=True))
     *wrong, size = total.values()
     rate = sum(wrong) / size
-    logging.warning("%s %.1f %% of %d utterances", name.upper(), 100 * rate, len(errors))
+    print(f"{name.upper()} {100 * rate:.1f} % of {len(errors)} utterances")
     return {name: {"rate": round(rate, 4), **total, "utterances": len(errors)}}
 
 
