@@ -28,7 +28,7 @@ setup(
         "matplotlib",
         "mir_eval",
         "fast_bss_eval",  # the si_snr criterion; ESPnet 202611 leaves it to its extra `enh`
-        "transformers",
+        "transformers>=4.56",  # `dtype` of from_pretrained
         "sentencepiece",
         "kaldiio",
         "pyyaml",

@@ -1,7 +1,8 @@
 """A speech recogniser that was trained with ESPnet."""
 
 import contextlib
-import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,13 @@ def _recipe_folder(config: Path) -> Path:
     )
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about ESPnet's own code
+        yield
+
+
 class EspnetRecogniser:
     """Decodes with ESPnet's beam search and its default settings.
 
@@ -77,18 +85,19 @@ class EspnetRecogniser:
 
     def __init__(self, path: str | Path, device: str = "cpu"):
         files = find_espnet_model(path)
-        folder = _recipe_folder(files["asr_train_config"])
-        from espnet2.bin.asr_inference import Speech2Text
-
-        logging.getLogger().setLevel(logging.ERROR)  # ESPnet warns of every hypothesis
+        config = files["asr_train_config"]
         try:
-            with contextlib.chdir(folder):
+            with contextlib.chdir(_recipe_folder(config)), _quiet():
+                from espnet2.bin.asr_inference import Speech2Text
+
                 self.model = Speech2Text(**files, device=device)
+        except CmktError:
+            raise
         except Exception as error:  # of many kinds: the configuration names the classes to build
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise CmktError(
                 f"ESPnet cannot load the recogniser: {reason}",
-                files["asr_train_config"],
+                config,
                 remedy="the model may come from another version of ESPnet",
             ) from error
         fs = (self.model.asr_train_args.frontend_conf or {}).get("fs", 16000)
@@ -99,8 +108,9 @@ class EspnetRecogniser:
         """Return the text of audio (N,); an empty one if it is shorter than the model can take."""
         from espnet2.bin.asr_inference import TooShortUttError
 
-        try:
-            hypotheses = self.model(audio)
-        except TooShortUttError:
-            return ""
+        with _quiet():
+            try:
+                hypotheses = self.model(audio)
+            except TooShortUttError:
+                return ""
         return (hypotheses[0][0] or "") if hypotheses else ""

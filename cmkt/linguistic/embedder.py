@@ -1,22 +1,18 @@
 """A frozen Hugging Face language model that turns texts into embeddings of their tokens."""
 
-import importlib.util
 import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from cmkt.errors import CmktError
 from cmkt.linguistic.config import LanguageModelConfig
-from cmkt.linguistic.models import LocalModel
+from cmkt.linguistic.models import LocalModel, load_model, load_tokenizer, positions_of
 from cmkt.linguistic.units import mean_of_members, pieces_of_units, unit_spans
 
-# Tokens at once for a model that states no limit; T5 was trained on as many.
-RELATIVE_POSITIONS = 512
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 SPACES = f"{SPACE}ĠĊ"  # how vocabularies write white space
 
@@ -71,9 +67,8 @@ class Embedder:
     """
 
     def __init__(self, model: LocalModel, config: LanguageModelConfig, device: str = "cpu"):
-        _check_device(device, config)
         self.config, self.folder = config, model.folder
-        self.tokenizer = _load_tokenizer(model.folder)
+        self.tokenizer = load_tokenizer(model.folder)
         if not self.tokenizer.is_fast and (config.unit != "token" or config.prompt):
             raise CmktError(
                 f"{type(self.tokenizer).__name__} does not say where in the text a token lies, "
@@ -81,18 +76,18 @@ class Embedder:
                 model.folder,
                 remedy="take unit: token without a prompt, or a model with a fast tokenizer",
             )
-        self.model, self.layers, text_config = _load_model(model.folder, config, device)
+        self.model, self.layers = load_model(model.folder, config, device)
         self.lookup = self.model.get_input_embeddings()
         # Weights that wait on the CPU or the disk are fetched by hooks of accelerate.
         placed = self.lookup.weight.device
         self.device = placed if placed.type != "meta" else "cpu"
-        self.positions = _positions(self.model, text_config, self.tokenizer)
+        self.positions = positions_of(self.model, self.tokenizer)
         # Padding is masked, so for decoders, which often have no pad token, any id serves.
         pad = self.tokenizer.pad_token_id or 0
         self.pad = pad if pad < len(self.lookup.weight) else 0
         self.batch_tokens = config.batch_tokens
         self._string = cache(self._name_token)
-        self.dimension = self._states([[0]]).shape[-1]
+        self.dimension = next(self._run([[0]])).shape[-1]
 
     def prepare(self, texts: list[str]) -> list[Prepared]:
         """Tokenize texts.
@@ -274,126 +269,14 @@ class Embedder:
             output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
             first, last = self.layers
             chosen = output.hidden_states[first : last + 1]
+            if len({states.shape[-1] for states in chosen}) > 1:
+                raise CmktError(
+                    f"layer {self.config.layer}: the layers differ in width",
+                    self.folder,
+                    remedy="take a single layer",
+                )
             # The layers of a `device_map` may lie on several devices.
             total = chosen[0].float()
             for states in chosen[1:]:
                 total = total + states.float().to(total.device)
             return (total / len(chosen)).cpu().numpy()
-
-
-def _check_device(device: str, config: LanguageModelConfig) -> None:
-    import torch
-
-    wanted = {"accelerate": config.device_map or config.quantization,
-              "bitsandbytes": config.quantization}  # fmt: skip
-    for module, needed in wanted.items():
-        if needed and importlib.util.find_spec(module) is None:
-            key = "quantization" if config.quantization else "device_map"
-            raise CmktError(f"{key}: {module} is not installed", remedy=f"pip install {module}")
-    try:
-        torch.zeros(1, device=torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CmktError(f"device {device}: {reason}", remedy="try --device cpu") from error
-
-
-def _cannot_load(what: str, folder: Path, error: Exception) -> CmktError:
-    # transformers, tokenizers and safetensors have exceptions of their own each.
-    reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return CmktError(
-        f"transformers cannot load the {what}: {reason}",
-        folder,
-        remedy="needs config.json, a tokenizer and weights of an AutoModel class",
-    )
-
-
-def _load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise _cannot_load("tokenizer", folder, error) from error
-    # Without its files transformers makes an empty tokenizer up.
-    files = set(tokenizer.vocab_files_names.values())
-    if files and not any((folder / name).is_file() for name in files | {"tokenizer.json"}):
-        raise CmktError(
-            f"no tokenizer: none of {', '.join(sorted(files))} is there",
-            folder,
-            remedy="copy the whole folder of the model",
-        )
-    return tokenizer
-
-
-def _load_model(folder: Path, config: LanguageModelConfig, device: str):
-    """Return the model (of an encoder-decoder its encoder), its layers to average, its settings."""
-    import torch
-    from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    dtype = getattr(torch, config.dtype)
-    options = {"dtype": dtype}
-    if config.device_map or config.quantization:
-        options["device_map"] = config.device_map or {"": device}
-    if config.quantization:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=config.quantization == "8bit",
-            load_in_4bit=config.quantization == "4bit",
-            bnb_4bit_compute_dtype=dtype,
-        )
-    try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
-        text_config = settings.get_text_config()
-        layers = _layers(config.layer, text_config.num_hidden_layers, folder)
-        model, report = AutoModel.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **options
-        )
-    except CmktError:
-        raise
-    except Exception as error:
-        raise _cannot_load("language model", folder, error) from error
-    # Poolers are not part of the hidden states; anything else missing would be random.
-    unused = ("pooler", "decoder.") if settings.is_encoder_decoder else ("pooler",)
-    missing = sorted(key for key in report["missing_keys"] if not any(u in key for u in unused))
-    if missing:
-        raise CmktError(
-            f"the weights lack {len(missing)} parameters, for example {missing[0]}",
-            folder,
-            remedy="get the complete model",
-        )
-    if settings.is_encoder_decoder:
-        model = model.get_encoder()
-    if "device_map" not in options:
-        model = model.to(device)
-    return model.eval().requires_grad_(False), layers, text_config
-
-
-def _layers(layer: int | str, number: int, folder: Path) -> tuple[int, int] | None:
-    """Return the first and the last of the hidden states to average; None: the static ones."""
-    if layer == "input":
-        return None
-    ends = [int(end) for end in str(layer).split(":")]
-    # 0 is the first layer's input, so there is one more than there are layers.
-    first, last = (end + number + 1 if end < 0 else end for end in (ends[0], ends[-1]))
-    if not 0 <= first <= last <= number:
-        raise CmktError(
-            f"layer {layer}: the model has {number} layers",
-            folder,
-            remedy=f"want {-number - 1} to {number}, or first:last of them; "
-            "0 is the first layer's input",
-        )
-    return first, last
-
-
-def _positions(model, text_config, tokenizer) -> int:
-    """Return how many tokens the model takes at once."""
-    limits = [getattr(text_config, "max_position_embeddings", None) or 0]
-    for name, module in model.named_modules():
-        # Those of the RoBERTa kind count from behind the padding token.
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None:
-            limits.append(module.num_embeddings - padding - 1)
-    limits = [limit for limit in limits if limit > 0] or [RELATIVE_POSITIONS]
-    # A tokenizer without a limit states one of 1e30.
-    return int(min(*limits, tokenizer.model_max_length))

@@ -1,4 +1,4 @@
-"""Both recipes end to end at a small size, and what a second run does."""
+"""The recipes end to end at a small size, and what a second run does."""
 
 import os
 import shutil
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -16,7 +18,8 @@ SHARED = REPOSITORY.parent / "shared"
 def repository(tmp_path_factory) -> Path:
     """A copy of the checkout, so that a run leaves the working tree as it was."""
     copy = tmp_path_factory.mktemp("copy") / "cmkt"
-    ignore = shutil.ignore_patterns(".git", "data", "dump", "exp", "__pycache__", "build", ".venv*")
+    made = [name + lang for name in ("data", "dump", "exp") for lang in ("", "_zh")]
+    ignore = shutil.ignore_patterns(".git", *made, "__pycache__", "build", ".venv*")
     shutil.copytree(REPOSITORY, copy, ignore=ignore)
     return copy
 
@@ -60,6 +63,45 @@ def test_mini_end_to_end_and_a_second_run_is_a_no_op(repository):
     second = run([repository / "run.sh", *SMALL])
     assert second.returncode == 0, second.stderr[-3000:]
     assert model_files() == before
+
+
+def test_mini_in_mandarin_with_a_language_model_of_its_own(repository):
+    """Synthesised Mandarin, a character model trained on its transcripts: nothing is downloaded."""
+    small = [word.replace("48", "80") for word in ("--lang", "zh", *SMALL)]
+    done = run([repository / "run.sh", *small])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    recipe = repository / "egs" / "mini"
+    report = (recipe / "RESULTS_zh.md").read_text()
+    assert "blstm_cmkt_own_character" in report and "transcript" in report
+    store = recipe / "dump_zh" / "llm" / "own_character" / "train"
+    tokens, text = (dict(line.split(maxsplit=1) for line in (store / name).read_text().splitlines())
+                    for name in ("tokens", "text"))  # fmt: skip
+    assert len(text) == 80
+    for utterance, line in text.items():
+        assert "".join(tokens[utterance].split()) == line  # a token a character
+    again = run([repository / "run.sh", *small])
+    assert again.returncode == 0 and "lm-train" not in again.stdout
+
+
+def test_mini_without_transcripts_and_without_text(repository):
+    """A recogniser's text takes the place of transcripts; `none` is the baseline."""
+    shared = [*SMALL, "--enh_config", "egs/mini/conf/train_blstm_cmkt.yaml", "--stop_stage", "5"]
+    recipe = repository / "egs" / "mini"
+    done = run([repository / "run.sh", *shared, "--text_source", "asr"])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    config = yaml.safe_load(
+        (recipe / "exp" / "blstm_cmkt_minilm_asr_seed0" / "config.yaml").read_text()
+    )
+    text = config["linguistic_meta"]["text"]
+    assert text["source"] == "asr" and "pocketsphinx" in str(text) and 0 < text["word_error_rate"]
+    done = run([repository / "run.sh", *shared, "--text_source", "none"])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    weights = [
+        torch.load(recipe / "exp" / tag / "2epoch.pth", weights_only=True)
+        for tag in ("blstm_cmkt_minilm_none_seed0", "blstm_seed0")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the speech pack is not here")

@@ -324,7 +324,15 @@ def test_hub_name_in_the_cache_is_pinned_to_its_commit(tmp_path, hub_cache, deco
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     assert embed(write_text(tmp_path / "text"), tmp_path / "store", "someone/tiny") == 0
-    assert read_meta(tmp_path / "store")["revision"] == commit
+    first = read_meta(tmp_path / "store")
+    assert first["revision"] == commit
+    # As the hub's own downloads lie there: the weights are not read for their hash.
+    blobs, weights = repository / "blobs", repository / "snapshots" / commit / "model.safetensors"
+    blobs.mkdir()
+    weights.rename(blobs / first["weights_sha256"])
+    weights.symlink_to(blobs / first["weights_sha256"])
+    assert embed(tmp_path / "text", tmp_path / "other", "someone/tiny") == 0
+    assert read_meta(tmp_path / "other")["weights_sha256"] == first["weights_sha256"]
 
 
 def test_weights_that_would_be_random_are_refused(tmp_path, decoder, capsys):
@@ -432,7 +440,7 @@ def tokens_of(folder: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("storage", ["float32", "16bit", "8bit"])
 def test_store_in_parts_of_any_format_is_that_of_one_process(tmp_path, decoder, storage):
-    texts = {f"u{n:03d}": f"LINE {n} OF {n * n}" for n in range(60)}
+    texts = {f"u{n:04d}": f"LINE {n} OF {n * n}" for n in range(1000)}
     text = write_text(tmp_path / "text", texts)
     assert embed(text, tmp_path / "one", decoder) == 0
     assert embed(text, tmp_path / "two", decoder, "--nj", "2", "--storage", storage) == 0
@@ -454,13 +462,15 @@ def test_store_in_parts_of_any_format_is_that_of_one_process(tmp_path, decoder, 
 
 def test_cluster_gives_the_same_store(tmp_path, decoder):
     pytest.importorskip("distributed")
-    text = write_text(tmp_path / "text")
+    texts = {f"u{n:04d}": f"LINE {n} OF {n * n}" for n in range(1000)}
+    text = write_text(tmp_path / "text", texts)
     cluster = Path(__file__).resolve().parents[2] / "conf" / "cluster" / "local.yaml"
     assert embed(text, tmp_path / "one", decoder) == 0
     options = ("--nj", "2", "--cluster", str(cluster))
     assert embed(text, tmp_path / "two", decoder, *options) == 0
     one, two = LinguisticStore(tmp_path / "one"), LinguisticStore(tmp_path / "two")
-    for utterance in TEXTS:
+    assert len(two.meta["arks"]) == 2
+    for utterance in texts:
         np.testing.assert_allclose(two[utterance], one[utterance], atol=1e-5)
 
 
@@ -537,6 +547,16 @@ def test_corrupt_store_is_named_and_not_reused(tmp_path, decoder, capsys, caplog
     ark.write_bytes(b"\xff" * len(ark.read_bytes()))
     with pytest.raises(CmktError, match="corrupt store: no matrix of utterance a"):
         LinguisticStore(output)["a"]
+
+
+def test_store_of_an_earlier_version_is_made_anew(tmp_path, decoder, embedded):
+    text, output = write_text(tmp_path / "text"), tmp_path / "store"
+    assert embed(text, output, decoder) == 0
+    meta = yaml.safe_load((output / "meta.yaml").read_text())
+    (output / "meta.yaml").write_text(yaml.safe_dump({k: meta[k] for k in ("model", "dimension")}))
+    write_text(text, {**TEXTS, "f": "MORE"})
+    assert embed(text, output, decoder) == 0
+    assert len(embedded[-1]) == 6 and read_meta(output)["text"]["source"] == "transcript"
 
 
 def test_store_that_another_process_writes_is_left_to_it(tmp_path, decoder, capsys):
