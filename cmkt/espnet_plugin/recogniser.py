@@ -54,8 +54,7 @@ def _recipe_folder(config: Path) -> Path:
     named = [values.get("bpemodel"), values.get("token_list")]
     named.append((values.get("normalize_conf") or {}).get("stats_file"))
     named = [name for name in named if isinstance(name, str)]
-    folders = [Path.cwd(), *config.parents]
-    for folder in folders:
+    for folder in (*config.parents, Path.cwd()):
         if all((folder / name).exists() for name in named):
             return folder
     raise CmktError(

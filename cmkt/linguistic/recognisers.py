@@ -73,12 +73,14 @@ class RecogniserChoice:
             )
         if kind == "pocketsphinx":
             return cls(kind, _pocketsphinx_identity(language, device))
-        identity = {"recogniser": kind, "model": model, "language": language}
+        # The kinds are named as their packages, and another version may decode differently.
+        identity = {"recogniser": kind, "version": importlib.metadata.version(kind)}
+        identity |= {"model": model, "language": language}
         if kind == "espnet":
             from cmkt.espnet_plugin.recogniser import find_espnet_model
 
-            files = [file for file in find_espnet_model(model).values() if file.is_file()]
-            return cls(kind, {**identity, "sha256": _sha256(files)}, Path(model), None, device)
+            source = {"sha256": _sha256(sorted(find_espnet_model(model).values()))}
+            return cls(kind, {**identity, **source}, Path(model), language, device)
         found = find_model(model)
         source = {"revision": found.revision}
         if found.revision is None:
