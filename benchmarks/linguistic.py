@@ -1,6 +1,6 @@
 """Speed, memory and storage of `cmkt embed`, beside plain loops over the same model, in one run.
 
-    python benchmarks/linguistic.py [throughput] [storage] [large] [--quick] [--text FILE ...]
+    python benchmarks/linguistic.py [--quick] [--only PART] [--text FILE ...]
 
 Each measurement has a process of its own, so that its peak memory is its own; imports and a
 warm-up come before the clock. The rivals only compute; `cmkt embed` also hashes and loads the
@@ -259,8 +259,7 @@ def large_corpus(lines: list[str], count: int, most: int, threads: int, work: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS, metavar="PART",
-        help=f"what to measure, of {', '.join(PARTS)} (default: all)")  # fmt: skip
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     parser.add_argument("--text", nargs="*", type=Path, default=[],
         help="Kaldi texts of English transcripts (default: those of ../shared, if there, and the "
         "sentences of egs/mini)")  # fmt: skip
@@ -273,16 +272,18 @@ def main() -> None:
     lines, origin = real_transcripts(args.text, few)
     print(f"{origin}; {args.threads} threads, {os.cpu_count()} cores, load average "
           f"{os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        for part in args.parts:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        for part in [args.only] if args.only else PARTS:
             print(part, flush=True)
+            folder = work / part
+            folder.mkdir()
             if part == "throughput":
-                throughput(lines, 1 if args.quick else args.turns, args.threads, work)
+                throughput(lines, 1 if args.quick else args.turns, args.threads, folder)
             elif part == "storage":
-                compare_storage(lines, args.threads, work)
+                compare_storage(lines, args.threads, folder)
             else:
-                large_corpus(lines, count, most, args.threads, work)
+                large_corpus(lines, count, most, args.threads, folder)
 
 
 if __name__ == "__main__":

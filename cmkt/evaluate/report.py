@@ -289,7 +289,7 @@ def text_section(configs: dict[str, dict]) -> list[str]:
         if config.get("transfer") in (None, "none") or not meta:
             continue
         text = meta.get("text") or {}
-        rate = text.get("word_error_rate")
+        errors = [f"{k.upper()} {100 * text[k]['rate']:.1f} %" for k in ("wer", "cer") if k in text]
         targets = "standardised" if conf.get("standardise") else "raw"
         if conf.get("pca"):
             targets += f", {conf['pca']} principal components"
@@ -299,15 +299,15 @@ def text_section(configs: dict[str, dict]) -> list[str]:
             targets,
             " ".join(filter(None, [text.get("source"), text.get("recogniser")])) or "-",
             str(meta["utterances"]),
-            "-" if rate is None else f"{100 * rate:.1f} %",
+            *(errors or ["-"]),
         ])  # fmt: skip
     if not rows:
         return []
-    header = ["training", "language model", "targets", "text", "utterances", "word error rate"]
+    header = ["training", "language model", "targets", "text", "utterances", "errors"]
     return [
         "## Text learnt from",
-        "utterances: of the training set, with text. Word error rate: of the text, against the "
-        "transcripts, where there are any.",
+        "utterances: of the training set, with text. errors: word or character error rate of the "
+        "text against the transcripts, where it is known.",
         markdown_table(header, rows),
     ]
 

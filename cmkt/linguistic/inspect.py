@@ -106,7 +106,7 @@ def inspect_store(
     raw, standardised = vectors.cosines
     rows += [
         ("sample", f"{vectors.utterances} of {len(store)} utterances, {vectors.rows} rows, "
-                   f"for what follows; the {len(vectors.types)} most frequent tokens"),
+                   f"{len(vectors.types)} tokens; what follows is of these"),
         ("cosine", f"of any two rows {raw:.3f} raw, {standardised:.3f} standardised (mean)"),
     ]  # fmt: skip
     rows += [("nearest", line) for line in _neighbours(vectors, words)]
@@ -140,7 +140,7 @@ def _describe(
         ("model", f"{meta.get('model')}, layer {meta.get('layer')}, dimension {meta['dimension']}"),
         ("text", f"source {source}, normaliser {meta.get('normaliser', 'not recorded')}"),
         ("utterances", f"{len(store)}, of {len(set(store.places.values()))} different texts"),
-        ("rows", f"{lengths.sum()}, one a {meta.get('unit', 'token')}; "
+        ("rows", f"{lengths.sum()}, one for each {meta.get('unit', 'token')}; "
                  f"{least} to {most} an utterance, median {median:g}"),
         ("tokens", f"{len(counts)} different ones, {once} of them seen once"),
         ("frequent", common),

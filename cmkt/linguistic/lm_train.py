@@ -35,6 +35,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4
 MASKED = 0.15  # share of the tokens
 HELD_OUT = 0.05  # share of the different lines,
 LEAST_HELD_OUT = 10  # but at least so many
+PIECES = 500  # of sentencepiece, unless told otherwise
 LEAST_LINES = 50  # different ones
 MOST_POSITIONS = 512  # tokens of a line, [CLS] and [SEP] included
 EVALUATED = 64  # lines at once
@@ -62,7 +63,7 @@ class TrainingOptions:
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
-    max_steps: int = 3000
+    max_steps: int = 2000
     batch_size: int = 32
     learning_rate: float = 0.001
     seed: int = 0
@@ -255,8 +256,8 @@ def split_lines(lines: list[str], seed: int) -> tuple[list[str], list[str]]:
     return [line for line in lines if line not in away], held_out
 
 
-def sentencepiece_tokenizer(lines: list[str], vocab_size: int = 0):
-    """Train a sentencepiece unigram model and make a fast tokenizer of it.
+def train_sentencepiece(lines: list[str], vocab_size: int = 0) -> bytes:
+    """Train a sentencepiece unigram model with this module's special tokens.
 
     Args:
         lines: texts.
@@ -264,17 +265,15 @@ def sentencepiece_tokenizer(lines: list[str], vocab_size: int = 0):
             means 500.
 
     Returns:
-        a `PreTrainedTokenizerFast` that segments as sentencepiece does.
+        the model as sentencepiece writes it.
 
     Raises:
         CmktError: the text has more characters than the vocabulary may have pieces.
     """
     import sentencepiece
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pad, unknown, begin, end, mask = SPECIAL
-    model, wanted = io.BytesIO(), vocab_size or 500
+    model, wanted = io.BytesIO(), vocab_size or PIECES
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="unigram",
@@ -289,12 +288,31 @@ def sentencepiece_tokenizer(lines: list[str], vocab_size: int = 0):
             raise
         raise CmktError(
             f"vocab_size: {wanted} pieces are too few for the text's characters",
-            remedy=f"want at least {characters[1]}, or vocabulary character",
+            remedy=f"want at least {characters[1]}, or vocabulary: character",
         ) from error
-    proto = ModelProto.FromString(model.getvalue())
+    return model.getvalue()
+
+
+def sentencepiece_tokenizer(lines: list[str], vocab_size: int = 0):
+    """Make a fast tokenizer of a sentencepiece model that is trained on the lines.
+
+    Args:
+        lines: texts.
+        vocab_size: see `train_sentencepiece`.
+
+    Returns:
+        a `PreTrainedTokenizerFast` that segments as sentencepiece does.
+
+    Raises:
+        CmktError: as `train_sentencepiece`.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    proto = ModelProto.FromString(train_sentencepiece(lines, vocab_size))
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    if len(pieces) < wanted:
-        print(f"the text has {len(pieces)} pieces only, not the {wanted} wanted")
+    if len(pieces) < (vocab_size or PIECES):
+        print(f"the text has {len(pieces)} pieces only, not the {vocab_size or PIECES} wanted")
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1))
     tokenizer.normalizer = normalizers.Sequence(
         [

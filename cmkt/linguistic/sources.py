@@ -65,7 +65,7 @@ class TextSource:
             seed: of the controls.
 
         Returns:
-            {utterance: text} and facts to record, for example the word error rate.
+            {utterance: text} and facts to record: the seed; `wer` or, without spaces, `cer`.
         """
         if self.kind == "partial":
             wanted = round(self.amount * len(transcripts))
@@ -76,7 +76,8 @@ class TextSource:
             return _shuffled(transcripts, seed), {"seed": seed}
         if self.kind == "corrupt":
             texts, rate = _corrupted(transcripts, self.amount, seed)
-            return texts, {"seed": seed, "word_error_rate": round(rate, 4)}
+            unit = "wer" if any(" " in text for text in transcripts.values()) else "cer"
+            return texts, {"seed": seed, unit: {"rate": round(rate, 4)}}
         return transcripts, {"seed": seed} if self.kind == "random" else {}
 
 

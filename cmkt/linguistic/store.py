@@ -154,7 +154,9 @@ def read_matrix(place: str, utterance: str) -> np.ndarray:
     path, _, offset = place.rpartition(":")
     try:
         matrix = kaldiio.load_mat(place)
-    except (OSError, ValueError, EOFError, AssertionError, struct.error, MemoryError) as error:
+    # kaldiio has no exception of its own; RuntimeError: "not a digit".
+    except (OSError, ValueError, EOFError, AssertionError, struct.error, MemoryError,
+            RuntimeError) as error:  # fmt: skip
         raise CmktError(
             f"corrupt store: no matrix of utterance {utterance} at byte {offset}",
             path,

@@ -93,7 +93,7 @@ def test_mini_without_transcripts_and_without_text(repository):
         (recipe / "exp" / "blstm_cmkt_minilm_asr_seed0" / "config.yaml").read_text()
     )
     text = config["linguistic_meta"]["text"]
-    assert text["source"] == "asr" and "pocketsphinx" in str(text) and 0 < text["word_error_rate"]
+    assert text["source"] == "asr" and "pocketsphinx" in str(text) and 0 < text["wer"]["rate"]
     done = run([repository / "run.sh", *shared, "--text_source", "none"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     weights = [

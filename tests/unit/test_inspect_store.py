@@ -124,7 +124,7 @@ def test_a_sample_is_enough_for_the_rest_and_still_finds_a_word_that_is_asked_fo
     place = ark.read_bytes().index(b"u100 ")
     ark.write_bytes(ark.read_bytes().replace(b"u100 \0BFM ", b"u100 \0BXX "))
     found = inspect(store, "--words", "rare", "--sample", 5)
-    assert found["sample"][0].startswith("6 of 300 ") and "0." in found["nearest"][0]
+    assert found["sample"][0].startswith("6 of 300 utterances, ") and "0." in found["nearest"][0]
     (error,) = inspect(store, "--sample", 5, "--check")["error"]
     assert f"{ark}: " in error and "u100" in error and f"byte {place + 5}" in error
 

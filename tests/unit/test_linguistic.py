@@ -504,7 +504,7 @@ def test_text_sources_are_recorded_and_make_what_they_say(tmp_path, decoder):
         stores[source] = LinguisticStore(folder)
         assert stores[source].meta["text"]["source"] == source
         require_same_meta(tmp_path / "transcript", folder)
-    assert "word_error_rate" in stores["corrupt:0.5"].meta["text"]
+    assert "wer" in stores["corrupt:0.5"].meta["text"]
     true = stores["transcript"]
     assert len(stores["partial:0.5"]) == 2
     for utterance, matrix in stores["partial:0.5"].items():
