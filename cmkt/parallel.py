@@ -1,6 +1,7 @@
 """Apply a function to many items on the processes of this machine or on a cluster."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from cmkt.errors import CmktError
+from cmkt.stage import atomic_file
 
 #: Where the workers of a cluster run: `env` of its YAML and the Dask class that starts them.
 CLUSTERS = {
@@ -75,6 +77,51 @@ def parallel_map(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def read_journal(path: Path) -> dict[str, dict]:
+    """Return the results in a journal by utterance, without the line that a run was killed in."""
+    results = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                result = json.loads(line)
+            except ValueError:
+                continue
+            results[result["utterance"]] = result
+    return results
+
+
+def journaled_map(
+    function: Callable[..., dict],
+    items: list,
+    known: dict[str, dict],
+    journal: Path,
+    nj: int,
+    label: str,
+    spawn: bool = False,
+) -> dict[str, dict]:
+    """Apply a function to items, so that a killed run need not begin again.
+
+    Args:
+        function: returns a JSON-like result that names its `utterance`.
+        items: those that `known` does not hold.
+        known: results of earlier runs, by utterance.
+        journal: file of all results, JSON lines; `read_journal` reads it.
+        nj: see `parallel_map`, as `label` and `spawn`.
+
+    Returns:
+        results by utterance, those of `known` first.
+    """
+    results = dict(known)
+    with atomic_file(journal) as stream:
+        stream.writelines(json.dumps(result) + "\n" for result in results.values())
+    with journal.open("a", encoding="utf-8") as stream:
+        for result in parallel_map(function, items, nj, label, spawn):
+            stream.write(json.dumps(result) + "\n")
+            stream.flush()
+            results[result["utterance"]] = result
+    return results
 
 
 @contextmanager

@@ -59,8 +59,9 @@ def _lock(output: Path) -> Iterator[None]:
     path = output.with_name(f".{output.name}.lock")
     with open(path, "w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Not `flock`, which the workers of a killed process would still hold.
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise CmktError(
                 "another process is writing it", output, remedy="wait until it has ended"
             ) from error

@@ -36,7 +36,7 @@ from cmkt.corpus.level import is_silent, mix_at_snr
 from cmkt.corpus.noise import SPLITS, list_noise, read_stretch
 from cmkt.corpus.source import Source, check_pair
 from cmkt.errors import CmktError
-from cmkt.parallel import parallel_map
+from cmkt.parallel import journaled_map, parallel_map, read_journal
 from cmkt.stage import MARKER, Stage, atomic_file
 
 SNR_LIMIT = 40.0  # dB; beyond, 16 bits cannot hold the weaker part to 0.1 dB
@@ -178,21 +178,6 @@ class Mixer:
                 stream.write(encoded.getvalue())
 
 
-def _read_journal(path: Path) -> dict[str, dict]:
-    """Return the results that a killed run left, and leave only whole lines in the file."""
-    results = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                result = json.loads(line)
-            except ValueError:  # the line that it was killed in
-                continue
-            results[result["utterance"]] = result
-    with atomic_file(path) as stream:
-        stream.writelines(json.dumps(result) + "\n" for result in results.values())
-    return results
-
-
 def _sources(table: dict[str, str], path: Path) -> list[Source]:
     return [
         Source(key, value, str(path), line) for line, (key, value) in enumerate(table.items(), 1)
@@ -276,13 +261,9 @@ def mix(
 
 
 def _mix_all(mixer: Mixer, pairs: list, nj: int, journal: Path) -> list[dict]:
-    results = _read_journal(journal)
-    todo = [pair for pair in pairs if pair[0].name not in results]
-    with journal.open("a", encoding="utf-8") as stream:
-        for result in parallel_map(mixer, todo, nj, "mix"):
-            stream.write(json.dumps(result) + "\n")
-            stream.flush()
-            results[result["utterance"]] = result
+    known = read_journal(journal)
+    todo = [pair for pair in pairs if pair[0].name not in known]
+    results = journaled_map(mixer, todo, known, journal, nj, "mix")
     return [results[source.name] for source, _ in pairs]
 
 

@@ -39,7 +39,7 @@ from cmkt.corpus.level import is_silent
 from cmkt.corpus.source import Source
 from cmkt.errors import CmktError
 from cmkt.linguistic.recognisers import Recogniser, RecogniserChoice
-from cmkt.parallel import parallel_map
+from cmkt.parallel import journaled_map, parallel_map, read_journal
 from cmkt.stage import MARKER, Stage, atomic_file
 
 JOURNAL = ".transcribed.jsonl"
@@ -112,19 +112,6 @@ class Transcriber:
         return {**result, "text": text} if text else {**result, "skipped": "nothing recognised"}
 
 
-def _read_journal(path: Path) -> dict[str, dict]:
-    """Return the results in a journal by utterance, without the line that a run was killed in."""
-    results = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                result = json.loads(line)
-            except ValueError:
-                continue
-            results[result["utterance"]] = result
-    return results
-
-
 def transcribe(
     data_dir: str | Path,
     output_dir: str | Path,
@@ -169,7 +156,7 @@ def transcribe(
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with stage.working_directory() as work:
         transcriber = Transcriber(choice, channel, 1 if nj > 1 else None)
-        old = _read_journal(output_dir / JOURNAL) | _read_journal(work / JOURNAL)
+        old = read_journal(output_dir / JOURNAL) | read_journal(work / JOURNAL)
         results = _transcribe_all(transcriber, items, nj, old, work / JOURNAL)
         texts = {key: r["text"] for key, r in results.items() if "text" in r}
         if not texts:
@@ -201,21 +188,15 @@ def _transcribe_all(
     transcriber: Transcriber, items: list, nj: int, old: dict[str, dict], journal: Path
 ) -> dict[str, dict]:
     """Return the result of every utterance; those of the same audio are taken from `old`."""
-    results = {
+    known = {
         source.name: old[source.name]
         for source, digest in items
         if old.get(source.name, {}).get("digest") == digest
     }
-    with atomic_file(journal) as stream:
-        stream.writelines(json.dumps(result) + "\n" for result in results.values())
-    todo = [item for item in items if item[0].name not in results]
+    todo = [item for item in items if item[0].name not in known]
     # Threads of torch do not survive a fork.
     spawn = transcriber.choice.kind != "pocketsphinx"
-    with journal.open("a", encoding="utf-8") as stream:
-        for result in parallel_map(transcriber, todo, nj, "transcribe", spawn):
-            stream.write(json.dumps(result) + "\n")
-            stream.flush()
-            results[result["utterance"]] = result
+    results = journaled_map(transcriber, todo, known, journal, nj, "transcribe", spawn)
     return {source.name: results[source.name] for source, _ in items}
 
 

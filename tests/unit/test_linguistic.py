@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import kaldiio
@@ -168,9 +170,13 @@ def test_encoder_decoder_in_shards(tmp_path, tokenizer, capsys):
     assert "all shards" in capsys.readouterr().err
 
 
-def test_store_is_read_by_kaldiio_and_omniio_under_its_final_name(tmp_path, monkeypatch, decoder):
+@pytest.mark.parametrize("storage", ["float32", "16bit", "8bit"])
+def test_store_is_read_by_kaldiio_and_omniio_under_its_final_name(
+    tmp_path, monkeypatch, decoder, storage
+):
     monkeypatch.chdir(tmp_path)
-    assert embed(write_text(tmp_path / "text"), Path("dump/train"), decoder) == 0
+    text = write_text(tmp_path / "text")
+    assert embed(text, Path("dump/train"), decoder, "--storage", storage) == 0
     scp = "dump/train/linguistic.scp"
     assert Path(scp).read_text().startswith("a dump/train/linguistic.1.ark:")
     readers = [kaldiio]
@@ -560,13 +566,19 @@ def test_store_of_an_earlier_version_is_made_anew(tmp_path, decoder, embedded):
 
 
 def test_store_that_another_process_writes_is_left_to_it(tmp_path, decoder, capsys):
-    import fcntl
-
     text, output = write_text(tmp_path / "text"), tmp_path / "store"
-    with open(tmp_path / ".store.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert embed(text, output, decoder) == 1
-        assert f"{output}: another process is writing it" in capsys.readouterr().err
+    hold = (
+        "from cmkt.stage import Stage\nwith Stage('store', [], {}).working_directory():\n print(1)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-uc", f"{hold}\n input()"], cwd=tmp_path, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    other.stdout.readline()
+    assert embed(text, output, decoder) == 1
+    assert f"{output}: another process is writing it" in capsys.readouterr().err
+    other.kill()
+    other.wait()
     assert embed(text, output, decoder) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"text", "store"}
 
