@@ -307,6 +307,7 @@ def embed_part(job: Job) -> str:
     """Embed one part of the texts; return the name of the tokenizer."""
     import torch
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from cmkt.linguistic.embedder import Embedder
     from cmkt.linguistic.store import StoreWriter
@@ -325,6 +326,7 @@ def embed_part(job: Job) -> str:
     with (
         StoreWriter(job.work, job.number, job.config.storage) as writer,
         tqdm(total=total, desc=label, unit="utt", mininterval=0.5) as bar,
+        logging_redirect_tqdm(),  # a warning on a line of its own
     ):
         for start in starts:
             block = dict(texts[start : start + size])

@@ -15,14 +15,13 @@ import yaml
 from cmkt.cli import main
 from cmkt.linguistic.config import LanguageModelConfig, read_config
 from cmkt.linguistic.embedder import Embedder
-from cmkt.linguistic.lm_train import (
-    TrainingOptions,
+from cmkt.linguistic.lm_train import TrainingOptions, split_lines
+from cmkt.linguistic.models import find_model
+from cmkt.linguistic.vocabulary import (
     character_tokenizer,
     sentencepiece_tokenizer,
-    split_lines,
     train_sentencepiece,
 )
-from cmkt.linguistic.models import find_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["--hidden_size", "32", "--layers", "2", "--heads", "2"]
