@@ -31,7 +31,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ UNKNOWN = 0.05  # share of the words that the tokenizer may not know without a w
 OPTIONS = ("model", "revision", "layer", "unit", "dtype", "storage", "normaliser", "batch_tokens")
 NAMED = 10  # utterances in a warning
 REUSED = "linguistic.0.ark"
+REUSED_AT_ONCE = 256  # matrices copied with one entry in the journal
 
 
 def add_arguments(parser) -> None:
@@ -243,13 +244,17 @@ def _reuse(folder: Path, identity: dict, owners: dict, normalise, work: Path) ->
     with StoreWriter(work, 0, identity["storage"]) as writer:
         for ark, places in groupby(store.raw(), key=lambda place: place[0]):
             with open(folder / ark, "rb") as stream:
-                for _, offset, old, end in places:
-                    key = owners.get(normalise(text[old]))
-                    if key is None or key in writer.entries:
-                        continue
-                    stream.seek(offset)
-                    note = {key: notes[old]} if old in notes else {}
-                    writer.write({key: (tokens[old], stream.read(end - offset))}, note)
+                while batch := list(islice(places, REUSED_AT_ONCE)):
+                    copies, kept = {}, {}
+                    for _, offset, old, end in batch:
+                        key = owners.get(normalise(text[old]))
+                        if key is None or key in writer.entries:
+                            continue
+                        stream.seek(offset)
+                        copies[key] = (tokens[old], stream.read(end - offset))
+                        if old in notes:
+                            kept[key] = notes[old]
+                    writer.write(copies, kept)
     return store.meta["tokenizer"]
 
 

@@ -120,6 +120,10 @@ class LinguisticStore(Mapping):
         name, offset = self.places[utterance]
         return read_matrix(f"{self.folder / name}:{offset}", utterance)
 
+    def __contains__(self, utterance: object) -> bool:
+        # Mapping would read the matrix.
+        return utterance in self.places
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -252,7 +256,7 @@ def moments_of(work: Path, entries: dict[str, tuple[str, int, str]]):
 
     moments = Moments()
     for key, (ark, offset, _) in sorted(entries.items(), key=lambda item: item[1][:2]):
-        moments.add(read_matrix(f"{work / ark}:{offset}", key))
+        moments.add(read_matrix(f"{work}/{ark}:{offset}", key))
     return moments
 
 
@@ -275,7 +279,7 @@ def finish_store(
     moments = moments_of(work, entries)
     moments.save(work / STATISTICS)
     found = {utterance: entries[key] for utterance, key in keys.items()}
-    write_table(work / SCP, {u: f"{final / name}:{at}" for u, (name, at, _) in found.items()})
+    write_table(work / SCP, {u: f"{final}/{name}:{at}" for u, (name, at, _) in found.items()})
     write_table(work / "tokens", {u: tokens for u, (_, _, tokens) in found.items()})
     write_table(work / "text", text)
     arks = {}

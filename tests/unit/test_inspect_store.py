@@ -1,4 +1,4 @@
-"""`cmkt inspect-store` on the real MiniLM and on made stores; about five seconds."""
+"""`cmkt inspect-store` on the real MiniLM and on made stores; about fifteen seconds."""
 
 import importlib.util
 import re
