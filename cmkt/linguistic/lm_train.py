@@ -210,7 +210,8 @@ def train(
     if scores["held_out_loss"] >= scores["unigram_loss"]:
         print(
             f"warning: on held-out lines its loss ({scores['held_out_loss']} nats) is no better "
-            f"than that of word frequencies ({scores['unigram_loss']}): too little text"
+            f"than that of token frequencies ({scores['unigram_loss']}): "
+            "too little text, or too few steps"
         )
 
 
