@@ -27,6 +27,7 @@ from cmkt.corpus.datadir import read_table
 from cmkt.errors import CmktError
 from cmkt.linguistic.config import LanguageModelConfig, read_config
 from cmkt.linguistic.masked_lm import evaluate, fit
+from cmkt.linguistic.models import check_device
 from cmkt.linguistic.normalise import make_normaliser
 from cmkt.linguistic.vocabulary import (
     MOST_POSITIONS,
@@ -174,7 +175,7 @@ def train(
         )
     lines = _read_lines(text, make_normaliser(normaliser, normaliser_conf or {}))
     training, held_out = split_lines(lines, options.seed)
-    device = _device(device)
+    check_device(device)
     make = {"sentencepiece": sentencepiece_tokenizer, "character": character_tokenizer}
     with stage.working_directory() as work:
         tokenizer = make[options.vocabulary](training, options.vocab_size)
@@ -249,14 +250,3 @@ def split_lines(lines: list[str], seed: int) -> tuple[list[str], list[str]]:
 
 def _encode(tokenizer, lines: list[str]) -> list[list[int]]:
     return tokenizer(lines, truncation=True, max_length=MOST_POSITIONS)["input_ids"]
-
-
-def _device(name: str):
-    import torch
-
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CmktError(f"device {name}: {reason}", remedy="try --device cpu") from error
-    return torch.device(name)

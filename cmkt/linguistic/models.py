@@ -282,19 +282,31 @@ def load_model(folder: Path, config: LanguageModelConfig, device: str):
 
 
 def _check_prerequisites(device: str, config: LanguageModelConfig) -> None:
-    import torch
-
     wanted = {"accelerate": config.device_map or config.quantization,
               "bitsandbytes": config.quantization}  # fmt: skip
     for module, needed in wanted.items():
         if needed and importlib.util.find_spec(module) is None:
             key = "quantization" if config.quantization else "device_map"
             raise CmktError(f"{key}: {module} is not installed", remedy=f"pip install {module}")
+    check_device(device)
+
+
+def check_device(name: str) -> None:
+    """Refuse a torch device that is not there.
+
+    Args:
+        name: for example `cuda:0`.
+
+    Raises:
+        CmktError: with torch's reason.
+    """
+    import torch
+
     try:
-        torch.zeros(1, device=torch.device(device))
+        torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise CmktError(f"device {device}: {reason}", remedy="try --device cpu") from error
+        raise CmktError(f"device {name}: {reason}", remedy="try --device cpu") from error
 
 
 def _layers(layer: int | str, number: int, folder: Path) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from cmkt.errors import CmktError
-from cmkt.linguistic.models import find_model
+from cmkt.linguistic.models import check_device, find_model
 
 KINDS = ("pocketsphinx", "transformers", "espnet")
 # Longer audio is given to a CTC model in overlapping pieces, for its memory grows with the square
@@ -133,11 +133,7 @@ def _prepare_torch(device: str, threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CmktError(f"device {device}: {reason}", remedy="try --device cpu") from error
+    check_device(device)
 
 
 class PocketSphinx:
