@@ -7,27 +7,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from cmkt.cli import VERBS, main
+from cmkt.linguistic.config import read_config
+from cmkt.linguistic.statistics import Moments
+from cmkt.parallel import CLUSTERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
-    [*REPOSITORY.glob("conf/train_*.yaml"), *REPOSITORY.glob("egs/*/conf/train_*.yaml")]
+    [*REPOSITORY.glob("conf/**/train_*.yaml"), *REPOSITORY.glob("egs/*/conf/**/train_*.yaml")]
 )
 RECIPES = sorted(path.parent for path in REPOSITORY.glob("egs/*/run.sh"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(REPOSITORY)))
-def test_configuration_builds_and_steps(path):
+def test_configuration_builds_and_steps(path, tmp_path):
     """Parse strictly, build, and take one training step on two utterances, one without text."""
     from cmkt.espnet_plugin.task import TransferEnhancementTask
     from cmkt.espnet_plugin.train import _parse
 
     args = _parse(TransferEnhancementTask, ["--config", str(path), "--output_dir", "x"], path)
     args.transfer_conf = {**args.transfer_conf, "linguistic_dim": 6}
+    args.linguistic_statistics = str(tmp_path / "statistics.npz")
+    moments = Moments()
+    moments.add(np.random.default_rng(0).normal(size=(50, 6)))
+    moments.save(tmp_path / "statistics.npz")
     model = TransferEnhancementTask.build_model(args).train()
     optimizer = torch.optim.Adam(model.parameters())
     text = torch.randn(2, 4, 6)
@@ -44,6 +52,27 @@ def test_configuration_builds_and_steps(path):
     optimizer.step()
     assert torch.isfinite(loss).all()
     assert ("loss_cma" in stats) == ("cmkt" in path.stem)
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("conf/llm/*.yaml")), ids=lambda p: p.stem)
+def test_language_model_configuration_states_what_it_costs(path):
+    assert read_config(path).model
+    for words in ("licence:", "memory:", "store:", "-d"):
+        assert words in path.read_text(), words
+
+
+@pytest.mark.parametrize(
+    "path", sorted(REPOSITORY.glob("conf/cluster/*.yaml")), ids=lambda p: p.stem
+)
+def test_cluster_configuration_names_a_cluster_that_takes_its_options(path):
+    conf = yaml.safe_load(path.read_text())
+    module, _, name = CLUSTERS[conf["env"]].partition(":")
+    kind = getattr(pytest.importorskip(module), name)
+    if conf["env"] == "local":
+        return  # run for real in tests/unit/test_linguistic.py
+    conf["options"]["interface"] = "lo"
+    with kind(n_workers=0, **conf["options"]) as cluster:
+        assert conf["options"]["walltime"] in cluster.job_script()
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.endswith("_cmkt")], ids=str)
