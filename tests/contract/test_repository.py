@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
     [*REPOSITORY.glob("conf/**/train_*.yaml"), *REPOSITORY.glob("egs/*/conf/**/train_*.yaml")]
 )
+LANGUAGE_MODELS = sorted(REPOSITORY.glob("conf/llm/*.yaml"))
+CLUSTER_FILES = sorted(REPOSITORY.glob("conf/cluster/*.yaml"))
 RECIPES = sorted(path.parent for path in REPOSITORY.glob("egs/*/run.sh"))
 
 
@@ -54,7 +56,7 @@ def test_configuration_builds_and_steps(path, tmp_path):
     assert ("loss_cma" in stats) == ("cmkt" in path.stem)
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("conf/llm/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LANGUAGE_MODELS, ids=lambda p: p.stem)
 def test_language_model_configuration_states_what_it_costs(path):
     assert read_config(path).model
     for words in ("licence:", "memory:", "store:", "-d"):
@@ -62,7 +64,7 @@ def test_language_model_configuration_states_what_it_costs(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(REPOSITORY.glob("conf/cluster/*.yaml")), ids=lambda p: p.stem
+    "path", CLUSTER_FILES, ids=lambda p: p.stem
 )
 def test_cluster_configuration_names_a_cluster_that_takes_its_options(path):
     conf = yaml.safe_load(path.read_text())
