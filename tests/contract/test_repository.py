@@ -63,9 +63,7 @@ def test_language_model_configuration_states_what_it_costs(path):
         assert words in path.read_text(), words
 
 
-@pytest.mark.parametrize(
-    "path", CLUSTER_FILES, ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", CLUSTER_FILES, ids=lambda p: p.stem)
 def test_cluster_configuration_names_a_cluster_that_takes_its_options(path):
     conf = yaml.safe_load(path.read_text())
     module, _, name = CLUSTERS[conf["env"]].partition(":")
