@@ -65,9 +65,13 @@ def test_mini_end_to_end_and_a_second_run_is_a_no_op(repository):
     assert model_files() == before
 
 
-def test_mini_in_mandarin_with_a_language_model_of_its_own(repository):
+def test_mini_in_mandarin_with_a_language_model_of_its_own(repository, tmp_path):
     """Synthesised Mandarin, a character model trained on its transcripts: nothing is downloaded."""
+    config = tmp_path / "own_character.yaml"
+    text = (repository / "conf" / "llm" / "own_character.yaml").read_text()
+    config.write_text(text.replace("max_steps: 2000", "max_steps: 200"))
     small = [word.replace("48", "80") for word in ("--lang", "zh", *SMALL)]
+    small += ["--llm_config", str(config)]
     done = run([repository / "run.sh", *small])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     recipe = repository / "egs" / "mini"
@@ -77,8 +81,10 @@ def test_mini_in_mandarin_with_a_language_model_of_its_own(repository):
     tokens, text = (dict(line.split(maxsplit=1) for line in (store / name).read_text().splitlines())
                     for name in ("tokens", "text"))  # fmt: skip
     assert len(text) == 80
-    for utterance, line in text.items():
-        assert "".join(tokens[utterance].split()) == line  # a token a character
+    pairs = [pair for u in text for pair in zip(tokens[u].split(), text[u], strict=True)]
+    known = [token == character for token, character in pairs if token != "[UNK]"]
+    # A token a character; unknown are some of the lines that were held out of the model's training.
+    assert all(known) and len(known) > 0.95 * len(pairs)
     again = run([repository / "run.sh", *small])
     assert again.returncode == 0 and "lm-train" not in again.stdout
 
