@@ -58,7 +58,10 @@ def run(args, rest: list[str]) -> None:
     collect = args.collect_stats == "true"
     config = _read_config(args.config)
     options = {"config": config, **_pairs(rest)}
-    wanted = options["transfer"][-1] if options.get("transfer") else config.get("transfer")
+    told = config.get("transfer", "none")
+    wanted = options["transfer"][-1] if options.get("transfer") else told
+    if wanted == told:  # `--transfer none` leaves a baseline the same training
+        options.pop("transfer", None)
     transfer = wanted == "cmkt" and not collect
     command, inputs = _espnet_command(args, rest, transfer, collect)
     stage = Stage(args.output_dir, inputs, {**options, "collect_stats": collect})
