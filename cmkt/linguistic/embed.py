@@ -155,7 +155,7 @@ def embed(
     options = {**identity, "text_source": named, "seed": seed, "output_dir": str(output_dir)}
     inputs = [text, text.with_name("meta.yaml")]  # of `cmkt transcribe`
     stage = Stage(output_dir, inputs, options)
-    if (output_dir / MARKER).exists() and stage.is_done():
+    if stage.is_done():
         check_arks(output_dir)
         return
     texts, facts = source.apply(transcripts, seed)
@@ -166,7 +166,6 @@ def embed(
     for utterance, line in normal.items():
         owners.setdefault(line, utterance)
     owners.pop("", None)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     with stage.working_directory() as work:
         # The Gaussian vectors of `random` take the place of real ones.
         real = work / "real" if source.kind == "random" else work

@@ -230,6 +230,10 @@ def average_types(
     Raises:
         CmktError: a corrupt store.
     """
+    import torch
+
+    from cmkt.transfer import Targets
+
     generator = random.Random(0)
     chosen = set(generator.sample(list(tokens), min(sample, len(tokens))))
     asked = {word.casefold() for word in words}
@@ -244,10 +248,9 @@ def average_types(
     ranked = sorted(counts, key=lambda token: (token not in named, -counts[token], token))[:TYPES]
     types = sorted(ranked, key=lambda token: (-counts[token], token))
     mean, covariance = read_statistics(store.folder / STATISTICS)
-    variance = covariance.diagonal()
-    # A dimension that never changes tells nothing: it becomes 0.
-    known = variance > 1e-10 * variance.max()
-    scale = np.where(known, 1 / np.sqrt(np.where(known, variance, 1)), 0)
+    targets = Targets(len(mean), standardise=True)  # as training standardises
+    targets.set_statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
+    scale = targets.scale.numpy()
     index = {token: number for number, token in enumerate(types)}
     sums = np.zeros((len(types), len(mean)))
     totals, rows = np.zeros((2, len(mean))), 0

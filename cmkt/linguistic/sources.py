@@ -10,7 +10,7 @@
     none         no text: no transfer at all
 
 The last five are for studies. All but the recogniser's are made here, from the transcripts and a
-seed. A text without spaces, as in Mandarin, is corrupted character by character.
+seed. Scripts without spaces between words, as Mandarin, are corrupted character by character.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import random
 from dataclasses import dataclass
 
 from cmkt.errors import CmktError
+from cmkt.linguistic.word_errors import count_errors, is_unspaced
 
 PLAIN = ("transcript", "asr", "asr_noisy", "shuffled", "random", "none")
 WITH_AMOUNT = ("partial", "corrupt")
@@ -76,8 +77,7 @@ class TextSource:
             return _shuffled(transcripts, seed), {"seed": seed}
         if self.kind == "corrupt":
             texts, rate = _corrupted(transcripts, self.amount, seed)
-            unit = "wer" if any(" " in text for text in transcripts.values()) else "cer"
-            return texts, {"seed": seed, unit: {"rate": round(rate, 4)}}
+            return texts, {"seed": seed, **rate}
         return transcripts, {"seed": seed} if self.kind == "random" else {}
 
 
@@ -92,50 +92,48 @@ def _shuffled(transcripts: dict[str, str], seed: int) -> dict[str, str]:
     return {utterance: transcripts[following[utterance]] for utterance in transcripts}
 
 
-def words_of(text: str) -> list[str]:
-    """Split a text into words, or into characters if it has no space."""
-    return text.split() if " " in text else list(text)
-
-
-def word_error_rate(references: list[str], hypotheses: list[str]) -> float:
-    """Return the word error rate; the character error rate of texts without spaces."""
-    import jiwer
-
-    pairs = [[" ".join(words_of(text)) for text in texts] for texts in (references, hypotheses)]
-    return jiwer.wer(*pairs)
-
-
 def _corrupted(
     transcripts: dict[str, str], target: float, seed: int
-) -> tuple[dict[str, str], float]:
+) -> tuple[dict[str, str], dict]:
     """Corrupt all texts at a word error rate; return them and the rate that was reached."""
-    vocabulary = [word for text in transcripts.values() for word in words_of(text)]
+    split, space = (_characters, "") if is_unspaced(transcripts.values()) else (str.split, " ")
+    units = {utterance: split(text) for utterance, text in transcripts.items()}
+    vocabulary = [unit for line in units.values() for unit in line]
     rate = target
     # Neighbouring errors merge (a deletion beside an insertion is one substitution), so more of
     # them are needed than the rate says.
     for _ in range(6):
         texts = {
-            utterance: _corrupt(text, rate, vocabulary, random.Random(_digest(seed, utterance)))
-            for utterance, text in transcripts.items()
+            utterance: space.join(
+                _corrupt(line, rate, vocabulary, random.Random(_digest(seed, utterance)))
+            )
+            for utterance, line in units.items()
         }
-        reached = word_error_rate(list(transcripts.values()), list(texts.values()))
+        name, errors = count_errors(transcripts, texts)
+        *wrong, total = map(sum, zip(*errors.values(), strict=True)) if errors else (0, 1)
+        reached = sum(wrong) / total
         if abs(reached - target) < 0.005 or not reached:
             break
         rate = min(rate * target / reached, 1.0)
-    return texts, reached
+    return texts, {name: {"rate": round(reached, 4)}}
 
 
-def _corrupt(text: str, rate: float, vocabulary: list[str], generator: random.Random) -> str:
-    spaced = " " in text
-    words = []
-    for word in words_of(text):
+def _characters(text: str) -> list[str]:
+    return list("".join(text.split()))
+
+
+def _corrupt(
+    line: list[str], rate: float, vocabulary: list[str], generator: random.Random
+) -> list[str]:
+    made = []
+    for unit in line:
         if generator.random() >= rate:
-            words.append(word)
+            made.append(unit)
             continue
         kind, other = generator.random(), generator.choice(vocabulary)
         if kind < SUBSTITUTIONS:
-            words.append(other)
+            made.append(other)
         elif kind >= SUBSTITUTIONS + DELETIONS:
-            words += [word, other]
-    # A text must keep a word: an empty one would count as an utterance without a transcript.
-    return (" " if spaced else "").join(words) or generator.choice(vocabulary)
+            made += [unit, other]
+    # An empty text would count as an utterance without a transcript.
+    return made or [generator.choice(vocabulary)]

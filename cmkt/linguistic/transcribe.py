@@ -23,8 +23,6 @@ on where it ended, and utterances that were added later are the only ones recogn
 import hashlib
 import json
 import logging
-import re
-import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,13 +37,12 @@ from cmkt.corpus.level import is_silent
 from cmkt.corpus.source import Source
 from cmkt.errors import CmktError
 from cmkt.linguistic.recognisers import Recogniser, RecogniserChoice
+from cmkt.linguistic.word_errors import count_errors
 from cmkt.parallel import journaled_map, parallel_map, read_journal
 from cmkt.stage import MARKER, Stage, atomic_file
 
 JOURNAL = ".transcribed.jsonl"
 SHORTEST = 0.1  # seconds; shorter audio is padded, for some models take no less
-# Characters of languages that are written without spaces.
-UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,6 @@ def transcribe(
     sources = [Source(*entry, str(scp), line) for line, entry in enumerate(table.items(), 1)]
     checked = list(parallel_map(AudioCheck(choice.identity, channel), sources, nj, "check audio"))
     items = [(source, digest) for source, (digest, _) in zip(sources, checked, strict=True)]
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     with stage.working_directory() as work:
         transcriber = Transcriber(choice, channel, 1 if nj > 1 else None)
         old = read_journal(output_dir / JOURNAL) | read_journal(work / JOURNAL)
@@ -198,44 +194,6 @@ def _transcribe_all(
     spawn = transcriber.choice.kind != "pocketsphinx"
     results = journaled_map(transcriber, todo, known, journal, nj, "transcribe", spawn)
     return {source.name: results[source.name] for source, _ in items}
-
-
-def count_errors(references: dict[str, str], hypotheses: dict[str, str]) -> tuple[str, dict]:
-    """Compare transcripts, without regard to case and punctuation.
-
-    Args:
-        references: {utterance: text}.
-        hypotheses: {utterance: text}; one that is missing counts as empty.
-
-    Returns:
-        `wer`, or `cer` if the references are written without spaces; and {utterance:
-        (substitutions, deletions, insertions, words or characters of the reference)} of all
-        references that hold a word.
-    """
-    import jiwer
-
-    text = "".join(references.values())
-    by_character = 2 * len(UNSPACED.findall(text)) > len("".join(text.split()))
-
-    def units(text: str) -> str:
-        words = _words(text)
-        return " ".join("".join(words) if by_character else words)
-
-    errors = {}
-    for utterance, reference in references.items():
-        if not (wanted := units(reference)):
-            continue
-        found = jiwer.process_words(wanted, units(hypotheses.get(utterance, "")))
-        counts = (found.substitutions, found.deletions, found.insertions)
-        errors[utterance] = (*counts, len(wanted.split()))
-    return "cer" if by_character else "wer", errors
-
-
-def _words(text: str) -> list[str]:
-    """Split a text into words in lower case; apostrophes within them are kept."""
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    kept = (" " if unicodedata.category(c)[0] in "PSC" and c != "'" else c for c in text)
-    return [word for part in "".join(kept).split() if (word := part.strip("'"))]
 
 
 def _compare(references: dict[str, str], texts: dict[str, str], work: Path) -> dict:

@@ -4,7 +4,7 @@ import jiwer
 import pytest
 
 from cmkt.errors import CmktError
-from cmkt.linguistic.sources import TextSource, words_of
+from cmkt.linguistic.sources import TextSource
 
 ENGLISH = {
     f"u{n:03d}": f"the {a} {b} {c} near the {d} every evening"
@@ -34,14 +34,24 @@ def test_unknown_sources_are_refused_with_those_that_exist(text):
         TextSource.parse(text)
 
 
+def test_a_text_of_one_word_is_corrupted_as_a_word():
+    texts = {**ENGLISH, **{f"w{n:02d}": "unbelievable" for n in range(40)}}
+    corrupted, _ = TextSource("corrupt", 0.5).apply(texts, seed=0)
+    words = {word for text in texts.values() for word in text.split()}
+    assert all(word in words for text in corrupted.values() for word in text.split())
+    assert any(corrupted[f"w{n:02d}"] != "unbelievable" for n in range(40))
+
+
 @pytest.mark.parametrize("texts", [ENGLISH, MANDARIN], ids=["words", "characters"])
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.6])
 def test_corrupt_reaches_the_stated_word_error_rate(texts, rate):
     corrupted, facts = TextSource("corrupt", rate).apply(texts, seed=1)
     assert corrupted.keys() == texts.keys() and all(corrupted.values())
     found = jiwer.process_words(
-        [" ".join(words_of(text)) for text in texts.values()],
-        [" ".join(words_of(text)) for text in corrupted.values()],
+        *(
+            [text if texts is ENGLISH else " ".join(text) for text in table.values()]
+            for table in (texts, corrupted)
+        )
     )
     assert found.wer == pytest.approx(rate, abs=0.02)
     assert facts["wer" if texts is ENGLISH else "cer"]["rate"] == pytest.approx(found.wer, abs=1e-3)

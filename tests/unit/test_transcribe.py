@@ -21,7 +21,8 @@ from cmkt.cli import main
 from cmkt.corpus.datadir import DataDirectory, read_table
 from cmkt.errors import CmktError
 from cmkt.linguistic.recognisers import PocketSphinx, RecogniserChoice
-from cmkt.linguistic.transcribe import JOURNAL, count_errors
+from cmkt.linguistic.transcribe import JOURNAL
+from cmkt.linguistic.word_errors import count_errors
 
 needs_pocketsphinx = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("pocketsphinx", "espeakng_loader"))),
