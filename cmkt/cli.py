@@ -13,6 +13,9 @@ from cmkt import __version__
 from cmkt.errors import CmktError
 
 VERBS = {
+    "new-recipe": ("cmkt.corpus.new_recipe", "write a recipe skeleton for a corpus"),
+    "validate": ("cmkt.corpus.validate", "check data directories wholly (end of stage 1)"),
+    "simulate-rooms": ("cmkt.corpus.simulate_rooms", "simulate room impulse responses"),
     "mix": ("cmkt.corpus.mix", "mix clean speech with noise (stage 2)"),
     "transcribe": (
         "cmkt.linguistic.transcribe",

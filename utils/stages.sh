@@ -19,6 +19,7 @@ tag_of() { # config seed
     local name
     name=$(basename "$1" .yaml)
     ! grep -q '^transfer: cmkt' "$1" || name+=_$llm_tag
+    [ -z "$mixing_config" ] || name+=_online_$(basename "$mixing_config" .yaml)
     echo "${name#train_}_seed$2"
 }
 begin() { stage_number=$1; begin_stage "$1" "$2"; }

@@ -52,7 +52,11 @@ def is_silent(samples: np.ndarray, fs: int) -> bool:
 
 
 def mix_at_snr(
-    speech: np.ndarray, noise: np.ndarray, snr: float, fs: int
+    speech: np.ndarray,
+    noise: np.ndarray,
+    snr: float,
+    fs: int,
+    reference: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add noise to speech.
 
@@ -61,16 +65,19 @@ def mix_at_snr(
         noise: (N,) samples, not silent.
         snr: active speech level over noise level, in dB.
         fs: sampling rate in Hz.
+        reference: (N,) what training aims at, where it is not the speech: that with the early
+            reflections only.
 
     Returns:
-        the mixture and the speech in it, each (N,). Both are scaled by one factor, to a peak
+        the mixture and the reference, each (N,). Both are scaled by one factor, to a peak
         of 0.99, if the mixture would clip or its weaker part would drown in 16-bit rounding.
     """
     speech, noise = speech.astype(np.float64), noise.astype(np.float64)
+    reference = speech if reference is None else reference
     speech_power = active_power(speech, fs)
     noise_power = speech_power / 10 ** (snr / 10)
     mixture = speech + noise * np.sqrt(noise_power / np.mean(noise**2))
-    peak = max(np.abs(mixture).max(), np.abs(speech).max())
+    peak = max(np.abs(mixture).max(), np.abs(reference).max())
     weakest = np.sqrt(min(speech_power, noise_power))
     scale = PEAK / peak if peak > PEAK or weakest < WEAK else 1.0
-    return mixture * scale, speech * scale
+    return mixture * scale, reference * scale

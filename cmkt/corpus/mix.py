@@ -1,15 +1,24 @@
 """Mix clean speech with noise, or copy data that is already paired.
 
 Reads a Kaldi data directory and writes another one: wav.scp (the mixtures), spk1.scp (the
-speech in them), text, utt2spk, spk2utt, utt2snr, utt2noise, 16-bit wav files in audio/ and
-spk1/, and, if there were any, `skipped` (silent speech or noise, with the reason).
+references), text, utt2spk, spk2utt, utt2snr, utt2noise, noise.scp (the noise files used), utt2room,
+16-bit wav files in audio/ and spk1/, and, if there were any, `skipped` (silent or unreadable
+speech or noise, with the reason; more than 1 % unreadable is an error).
 
-A mixture depends on --seed and the utterance id alone, not on --nj or the other utterances.
-The SNR is the active speech level (ITU-T P.56: pauses do not count) over the level of the
-noise. Where a mixture would clip, mixture and reference are scaled together.
+A mixture depends on --seed, the utterance id and the noise and rooms there are, not on --nj or,
+without babble, the other utterances. The SNR is the active speech level (ITU-T P.56: pauses do not
+count), in the room if there is one, over the level of the noise. Where a mixture would clip,
+mixture and reference are scaled together.
+
+--babble_share P   with probability P the noise is babble: other speakers of the same directory
+--rir_dir DIR      impulse responses (any tree, or that of `cmkt simulate-rooms`); the reference has
+                   the early reflections (50 ms) only, or with --rir_reference reverberant all
 
 If the data directory holds spk1.scp, it is paired: input and reference must have equal
-rates and lengths, are converted to --fs and copied, and --snr and --noise_dir play no part.
+rates and lengths, are converted to --fs and copied, and nothing is added to them.
+
+--online makes no mixtures: it converts what is not at --fs yet and lists speech, noise and rooms
+for a training that mixes them anew in each epoch (docs/data.md).
 
 --snr takes
   low:high     one value per utterance, uniform in this range
@@ -18,164 +27,24 @@ rates and lengths, are converted to --fs and copied, and --snr and --noise_dir p
 """
 
 import hashlib
-import io
 import json
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import soundfile
-import soxr
-
-from cmkt.corpus.audio import read_audio
+from cmkt.corpus.babble import Babble
 from cmkt.corpus.datadir import DataDirectory, read_table, write_table
-from cmkt.corpus.level import is_silent, mix_at_snr
-from cmkt.corpus.noise import SPLITS, list_noise, read_stretch
-from cmkt.corpus.source import Source, check_pair
+from cmkt.corpus.mixer import Item, Mixer, Rooms, SnrPlan, shard_path
+from cmkt.corpus.noise import SPLITS, list_audio
+from cmkt.corpus.online import prepare_online
+from cmkt.corpus.rooms import REFERENCES
+from cmkt.corpus.source import Source, check_pair, refuse_unreadable
 from cmkt.errors import CmktError
 from cmkt.parallel import journaled_map, parallel_map, read_journal
-from cmkt.stage import MARKER, Stage, atomic_file
+from cmkt.stage import MARKER, Stage
 
-SNR_LIMIT = 40.0  # dB; beyond, 16 bits cannot hold the weaker part to 0.1 dB
 JOURNAL = ".mixed.jsonl"
-
-
-@dataclass(frozen=True)
-class SnrPlan:
-    """How SNRs are chosen; see the help of --snr for the forms that `parse` takes.
-
-    Args:
-        kind: `range`, `choice` or `each`.
-        values: in dB; the two ends of a range.
-    """
-
-    kind: str
-    values: tuple[float, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> "SnrPlan":
-        """Read the value of --snr."""
-        kind = "each" if text.startswith("each:") else "range" if ":" in text else "choice"
-        numbers = text.removeprefix("each:").split(":" if kind == "range" else ",")
-        try:
-            values = tuple(float(number) for number in numbers)
-        except ValueError:
-            values = ()
-        if (
-            not values
-            or not all(abs(value) <= SNR_LIMIT for value in values)
-            or len(set(values)) != len(values)
-            or (kind == "range" and (len(values) != 2 or values[0] > values[1]))
-        ):
-            raise CmktError(
-                f"--snr {text}: want low:high, a,b,c or each:a,b,c",
-                remedy=f"different values in dB from {-SNR_LIMIT:g} to {SNR_LIMIT:g}",
-            )
-        return cls(kind, values)
-
-    def draw(self, rng: np.random.Generator) -> list[float]:
-        """Return the SNRs of one utterance, in dB."""
-        if self.kind == "range":
-            return [round(rng.uniform(*self.values), 2)]
-        if self.kind == "choice":
-            return [self.values[rng.integers(len(self.values))]]
-        return list(self.values)
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """Makes the mixtures of one utterance at a time; see the module's text.
-
-    Args:
-        folder: where audio/ and spk1/ lie.
-        noise: {name: file}; empty for paired data.
-        plan: SNRs.
-        seed: with the utterance id, all that the draw depends on.
-        fs: output sampling rate in Hz.
-        channel: which channel of multi-channel files.
-    """
-
-    folder: Path
-    noise: dict[str, Path]
-    plan: SnrPlan
-    seed: int
-    fs: int
-    channel: int
-
-    def __call__(self, pair: tuple[Source, Source | None]) -> dict:
-        """Write one utterance.
-
-        Args:
-            pair: the input, and its reference if the data is paired.
-
-        Returns:
-            `utterance`; `mixtures`: (id, SNR in dB, noise name) of each one written;
-            `skipped`: {what was passed over: why}.
-        """
-        source, reference = pair
-        if reference is not None:
-            return self._copy(source, reference)
-        name = source.name
-        result = {"utterance": name, "mixtures": [], "skipped": {}}
-        speech = self._converted(*source.read(self.channel))
-        if is_silent(speech, self.fs):
-            result["skipped"][name] = "silent speech"
-            return result
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        rng = np.random.default_rng(int.from_bytes(digest, "big"))
-        snrs = self.plan.draw(rng)
-        noise_name, noise = self._draw_noise(rng, len(speech), result["skipped"])
-        if noise is None:
-            result["skipped"][name] = "found only silence in the noise"
-            return result
-        for snr in snrs:
-            key = f"{name}_snr{snr:g}" if self.plan.kind == "each" else name
-            self._write(key, *mix_at_snr(speech, noise, snr, self.fs))
-            result["mixtures"].append((key, snr, noise_name))
-        return result
-
-    def _draw_noise(self, rng, length: int, skipped: dict) -> tuple[str | None, np.ndarray | None]:
-        names = list(self.noise)
-        for index in rng.permutation(len(names)):
-            name, position = names[index], rng.random()
-            path = self.noise[name]
-            noise = read_stretch(path, length, self.fs, position, self.channel)
-            if not is_silent(noise, self.fs):
-                return name, noise
-            channel = self.channel if soundfile.info(str(path)).channels > 1 else 0
-            whole, rate = read_audio(path, None, channel)
-            if is_silent(whole, rate):
-                skipped[name] = "silent noise"
-        return None, None
-
-    def _copy(self, source: Source, reference: Source) -> dict:
-        audio, rate = source.read(self.channel)
-        clean, clean_rate = reference.read(self.channel)
-        check_pair(reference, (len(audio), rate), (len(clean), clean_rate))
-        audio, clean = self._converted(audio, rate), self._converted(clean, rate)
-        # Only conversion of the rate can take a file beyond full scale.
-        peak = max(np.abs(audio).max(), np.abs(clean).max(), 1.0)
-        self._write(source.name, audio / peak, clean / peak)
-        return {
-            "utterance": source.name,
-            "mixtures": [(source.name, None, None)],
-            "skipped": {},
-        }
-
-    def _converted(self, audio: np.ndarray, rate: int) -> np.ndarray:
-        return audio if rate == self.fs else soxr.resample(audio, rate, self.fs)
-
-    def _write(self, key: str, mixture: np.ndarray, speech: np.ndarray) -> None:
-        for folder, samples in (("audio", mixture), ("spk1", speech)):
-            integers = np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
-            # Through memory: libsndfile would hide that the device is full.
-            encoded = io.BytesIO()
-            soundfile.write(encoded, integers, self.fs, format="WAV", subtype="PCM_16")
-            with atomic_file(self.folder / folder / f"{key}.wav", "wb") as stream:
-                stream.write(encoded.getvalue())
 
 
 def _sources(table: dict[str, str], path: Path) -> list[Source]:
@@ -184,15 +53,51 @@ def _sources(table: dict[str, str], path: Path) -> list[Source]:
     ]
 
 
-def _check_audio(pairs: list, noise: list[Source], nj: int) -> None:
-    """Read all headers before any long work."""
-    flat = [source for pair in pairs for source in pair if source is not None] + noise
-    forms = dict(zip(flat, parallel_map(Source.check, flat, nj, "check audio"), strict=True))
-    for source, reference in pairs:
-        if "/" in source.name:
-            raise source.error("an utterance id cannot hold a slash (rename it in all tables)")
-        if reference is not None and forms[source] and forms[reference]:
-            check_pair(reference, forms[source], forms[reference])
+def _examine(source: Source) -> tuple[tuple[int, int] | None, str]:
+    try:
+        return source.check(), ""
+    except CmktError as error:
+        return None, str(error)
+
+
+def _check_audio(items: list[Item], noise: list[Source], nj: int) -> dict[str, str]:
+    """Read all headers before any long work; return {name: error} of what cannot be read."""
+    for item in items:
+        if "/" in item.source.name:
+            raise item.source.error("an utterance id cannot hold a slash (rename it in all tables)")
+    sources = [source for i in items for source in (i.source, i.reference) if source is not None]
+    bad = {}
+    for what, group in (("utterances", sources), ("noise files", noise)):
+        found = list(parallel_map(_examine, group, nj, f"check {what}"))
+        forms = {source: form for source, (form, _) in zip(group, found, strict=True)}
+        wrong = {s.name: error for s, (_, error) in zip(group, found, strict=True) if error}
+        refuse_unreadable(wrong, len(group), what)
+        bad |= wrong
+        for item in items if what == "utterances" else ():
+            if item.reference and forms[item.source] and forms[item.reference]:
+                check_pair(item.reference, forms[item.source], forms[item.reference])
+    return bad
+
+
+def _refuse_speech_as_noise(noise: dict[str, Path], items: list[Item], noise_dir: object) -> None:
+    files = {str(path.resolve()) for path in noise.values()}
+    for item in items:
+        if str(Path(item.source.value).resolve()) in files:
+            raise item.source.error(
+                f"is also noise of {noise_dir}: one folder lies in the other "
+                "(move the noise out of the speech folder)"
+            )
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise CmktError(f"{name} {value}: want a share from 0 to 1")
+    return value
+
+
+def _sizes(files: Iterable[Path]) -> str:
+    sizes = [[str(path), path.stat().st_size if path.is_file() else None] for path in files]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
 def mix(
@@ -206,6 +111,12 @@ def mix(
     nj: int = 4,
     channel: int = 0,
     allow_pipes: bool = False,
+    babble_share: float = 0.0,
+    babble_talkers: tuple[int, int] = (3, 8),
+    rir_dir: str | Path | None = None,
+    rir_share: float = 0.5,
+    rir_reference: str = "early",
+    online: bool = False,
 ) -> None:
     """Make `output_dir`; the arguments are the options of `cmkt mix`.
 
@@ -217,83 +128,127 @@ def mix(
     for name, value, least in (("--fs", fs, 1), ("--nj", nj, 1), ("--channel", channel, 0)):
         if value < least:
             raise CmktError(f"{name} {value}: want at least {least}")
+    if not 1 <= babble_talkers[0] <= babble_talkers[1]:
+        raise CmktError("--babble_talkers: want FEWEST MOST, from 1 on")
     data = DataDirectory.read(data_dir, allow_pipes)
     paired = data.spk1 is not None
+    if paired and online:
+        raise CmktError("pairs cannot be mixed online", data_dir, remedy="leave out --online")
     noise: dict[str, Path] = {}
+    rooms = None
     if not paired:
-        if not noise_dir:
+        if not noise_dir and _share("--babble_share", babble_share) < 1:
             raise CmktError("clean speech without noise", data_dir, remedy="give --noise_dir")
-        noise = list_noise(noise_dir, noise_split)
+        noise = list_audio(noise_dir, noise_split) if noise_dir else {}
+        if rir_dir:
+            files = list_audio(rir_dir, noise_split, "impulse response")
+            rooms = Rooms(files, _share("--rir_share", rir_share), rir_reference)
+    references: list = [None] * len(data.wav)
+    if paired:
+        references = _sources(data.spk1, data_dir / "spk1.scp")
+    items = [
+        Item(source, reference, data.utt2spk[source.name])
+        for source, reference in zip(
+            _sources(data.wav, data_dir / "wav.scp"), references, strict=True
+        )
+    ]
+    babble = None
+    if not paired and babble_share:
+        utterances: dict[str, list[Source]] = {}
+        for item in items:
+            utterances.setdefault(item.speaker, []).append(item.source)
+        babble = Babble(utterances, tuple(babble_talkers), babble_share)
+        babble.check(data_dir)
     extra_names = [n for n in ("utt2snr", "utt2noise") if paired and (data_dir / n).exists()]
     tables = ("wav.scp", "spk1.scp", "utt2spk", "text", MARKER, *extra_names)
-    files = [*noise.values(), *map(Path, data.wav.values()), *map(Path, (data.spk1 or {}).values())]
-    sizes = [[str(p), p.stat().st_size if p.is_file() else None] for p in files]
+    speech = [Path(path) for table in (data.wav, data.spk1 or {}) for path in table.values()]
     options = {
         "output_dir": str(output_dir),
         "noise": hashlib.sha256(json.dumps(list(noise)).encode()).hexdigest(),
-        "sizes": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
+        "sizes": _sizes([*noise.values(), *speech]),
         "fs": fs,
         "channel": channel,
     }
     if not paired:
-        options |= {"snr": snr, "seed": seed}
+        options |= {"online": True} if online else {"snr": snr, "seed": seed}
+        if babble:
+            options["babble"] = [babble_share, *babble_talkers]
+        if rooms:
+            options["rooms"] = [_sizes(rooms.files.values()), rooms.share, rooms.reference]
     stage = Stage(output_dir, [data_dir / name for name in tables], options)
     if stage.is_done():
         return
-    wavs = _sources(data.wav, data_dir / "wav.scp")
-    references = [None] * len(wavs)
-    if paired:
-        references = _sources(data.spk1, data_dir / "spk1.scp")
-    pairs = list(zip(wavs, references, strict=True))
+    _refuse_speech_as_noise(noise, items, noise_dir)
     noise_sources = [Source(name, str(path), str(noise_dir), None) for name, path in noise.items()]
-    _check_audio(pairs, noise_sources, nj)
+    bad = _check_audio(items, noise_sources, nj)
+    items = [i for i in items if not {i.source.name} & bad.keys()]
+    noise = {name: path for name, path in noise.items() if name not in bad}
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with stage.working_directory() as work:
+        if online:
+            prepare_online(work, output_dir, data, items, noise, rooms, fs, channel, nj)
+            return
         for folder in ("audio", "spk1"):
             (work / folder).mkdir(exist_ok=True)
-        mixer = Mixer(work, noise, plan, seed, fs, channel)
-        results = _mix_all(mixer, pairs, nj, work / JOURNAL)
+        mixer = Mixer(work, noise, plan, seed, fs, channel, babble, rooms)
+        results = _mix_all(mixer, items, nj, work / JOURNAL)
+        for what, names in (("utterances", set(data.wav)), ("noise files", set(noise))):
+            errors = {n: e for r in results for n, e in r["unreadable"].items() if n in names}
+            bad |= errors
+            refuse_unreadable(errors, len(names), what)
         extra = {name: read_table(data_dir / name) for name in extra_names}
         (work / JOURNAL).unlink()
-        for left_by_a_killed_job in work.glob("*/.*.tmp"):
+        for left_by_a_killed_job in work.glob("*/*/.*.tmp"):
             left_by_a_killed_job.unlink()
-        _write_tables(work, output_dir, data, results, extra)
+        made, skipped = _tables(output_dir, data, results, noise)
+        made.extra |= extra
+        _write_tables(work, output_dir, made, skipped | bad)
 
 
-def _mix_all(mixer: Mixer, pairs: list, nj: int, journal: Path) -> list[dict]:
+def _mix_all(mixer: Mixer, items: list[Item], nj: int, journal: Path) -> list[dict]:
     known = read_journal(journal)
-    todo = [pair for pair in pairs if pair[0].name not in known]
+    todo = [item for item in items if item.source.name not in known]
     results = journaled_map(mixer, todo, known, journal, nj, "mix")
-    return [results[source.name] for source, _ in pairs]
+    return [results[item.source.name] for item in items]
 
 
-def _write_tables(
-    work: Path, output_dir: Path, data: DataDirectory, results: Iterable[dict], extra: dict
-) -> None:
+def _tables(
+    output_dir: Path, data: DataDirectory, results: Iterable[dict], noise: dict[str, Path]
+) -> tuple[DataDirectory, dict[str, str]]:
+    """Return the tables of the mixtures, and what was skipped and why."""
     made = DataDirectory({}, {}, {})
-    snrs, noises, skipped = {}, {}, {}
+    tables: dict[str, dict] = {"utt2snr": {}, "utt2noise": {}, "utt2room": {}, "noise.scp": {}}
+    skipped: dict[str, str] = {}
     for result in results:
         base = result["utterance"]
         skipped.update(result["skipped"])
-        for key, snr, noise_name in result["mixtures"]:
-            made.wav[key] = f"{output_dir}/audio/{key}.wav"
-            made.spk1[key] = f"{output_dir}/spk1/{key}.wav"
+        for key, snr, noise_name, room in result["mixtures"]:
+            made.wav[key] = f"{output_dir}/{shard_path('audio', key)}"
+            made.spk1[key] = f"{output_dir}/{shard_path('spk1', key)}"
             made.utt2spk[key] = data.utt2spk[base]
             if base in data.text:
                 made.text[key] = data.text[base]
             if snr is not None:
-                snrs[key], noises[key] = f"{snr:g}", noise_name
+                tables["utt2snr"][key], tables["utt2noise"][key] = f"{snr:g}", noise_name
+            if room is not None:
+                tables["utt2room"][key] = room
+            if noise_name in noise:
+                tables["noise.scp"][noise_name] = str(noise[noise_name].absolute())
+    made.extra = {name: table for name, table in tables.items() if table}
+    return made, skipped
+
+
+def _write_tables(work: Path, output_dir: Path, made: DataDirectory, skipped: dict) -> None:
     for name, why in sorted(skipped.items()):
         logging.warning("skipped %s: %s", name, why)
     if not made.wav:
         raise CmktError(
-            f"nothing left to mix: {len(skipped)} silent files skipped",
+            f"nothing left to mix: {len(skipped)} files skipped",
             output_dir,
             remedy="check the speech and the noise",
         )
     if skipped:
         write_table(work / "skipped", skipped)
-    made.extra = {"utt2snr": snrs, "utt2noise": noises} if snrs else extra
     made.write(work)
 
 
@@ -323,6 +278,40 @@ def add_arguments(parser) -> None:
         type=int,
         default=0,
         help="which channel of multi-channel files, from 0 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--babble_share",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="share of the utterances whose noise is babble (default %(default)s)",
+    )
+    parser.add_argument(
+        "--babble_talkers",
+        type=int,
+        nargs=2,
+        default=[3, 8],
+        metavar=("FEWEST", "MOST"),
+        help="that talk at once (default 3 8)",
+    )
+    parser.add_argument(
+        "--rir_dir", help="room impulse responses: a tree or a wav.scp, split as the noise is"
+    )
+    parser.add_argument(
+        "--rir_share",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="share of the utterances that are put into a room (default %(default)s)",
+    )
+    parser.add_argument(
+        "--rir_reference",
+        choices=REFERENCES,
+        default="early",
+        help="what the reference keeps of the room (default %(default)s)",
+    )
+    parser.add_argument(
+        "--online", action="store_true", help="list and convert only; training mixes"
     )
     parser.add_argument(
         "--allow_pipes",

@@ -12,6 +12,8 @@ import soundfile
 from cmkt.corpus.audio import read_audio
 from cmkt.errors import CmktError
 
+UNREADABLE = 0.01  # share of the files that may be unreadable; they are skipped and named
+
 
 @dataclass(frozen=True)
 class Source:
@@ -53,6 +55,15 @@ class Source:
         length = re.search(r"^data : (\d+) \(should be (\d+)\)", header.extra_info, re.MULTILINE)
         if length and int(length[2]) < int(length[1]) < 0x7FFFF000:
             raise self.error(f"truncated audio file: {self.value} ({remedy})")
+        if header.format == "FLAC":  # its length stands in front: look for the end
+            try:
+                with soundfile.SoundFile(self.value) as stream:
+                    stream.seek(header.frames - 1)
+                    whole = len(stream.read(1)) == 1
+            except soundfile.LibsndfileError:
+                whole = False
+            if not whole:
+                raise self.error(f"truncated audio file: {self.value} ({remedy})")
         return header.frames, header.samplerate
 
     def read(self, channel: int) -> tuple[np.ndarray, int]:
@@ -76,6 +87,24 @@ class Source:
         if done.returncode or not len(audio) or not np.isfinite(audio).all():
             raise CmktError(f"its command gave no audio (exit status {done.returncode})")
         return np.ascontiguousarray(audio), rate
+
+
+def refuse_unreadable(errors: dict[str, str], total: int, what: str) -> None:
+    """Accept single files that cannot be read, but not more than 1 % of a set.
+
+    Args:
+        errors: {name: why it cannot be read}.
+        total: number of files.
+        what: what they are, for the message.
+
+    Raises:
+        CmktError: the first of them, and how many there are.
+    """
+    if len(errors) > UNREADABLE * total:
+        first = next(iter(errors.values()))
+        raise CmktError(
+            f"{first}; {len(errors)} of {total} {what} cannot be read, more than {UNREADABLE:.0%}"
+        )
 
 
 def check_pair(source: Source, form: tuple[int, int], reference: tuple[int, int]) -> None:

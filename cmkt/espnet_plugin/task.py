@@ -1,4 +1,4 @@
-"""The ESPnet task: stock enhancement plus the keys `transfer` and `transfer_conf`."""
+"""The ESPnet task: stock enhancement plus `transfer`, `transfer_conf` and `mixing_conf`."""
 
 import argparse
 
@@ -9,6 +9,7 @@ from typeguard import TypeCheckError
 
 import cmkt.espnet_plugin.data  # noqa: F401  registers the data type linguistic_ark
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.mixing import EpochIterFactory, SortedCollate, build_mixing
 from cmkt.espnet_plugin.model import TransferEnhancementModel, add_transfer
 from cmkt.linguistic.statistics import read_statistics
 from cmkt.transfer import Targets
@@ -40,6 +41,13 @@ class TransferEnhancementTask(EnhancementTask):
             "--llm_dir sets it",
         )
         group.add_argument(
+            "--mixing_conf",
+            action=NestedDictAction,
+            default={},
+            help="On-the-fly mixing of the training data (conf/mixing/, docs/data.md); "
+            "--mixing_config of `cmkt train` sets it",
+        )
+        group.add_argument(
             "--linguistic_meta",
             action=NestedDictAction,
             default={},
@@ -51,6 +59,28 @@ class TransferEnhancementTask(EnhancementTask):
         """Name the data that may be given; the linguistic sequence never at inference."""
         names = super().optional_data_names(train, inference)
         return names if inference else (*names, "linguistic")
+
+    @classmethod
+    def build_preprocess_fn(cls, args: argparse.Namespace, train: bool):
+        """Return the on-the-fly mixing of a training that has it, else what ESPnet returns."""
+        if train and args.mixing_conf:
+            return build_mixing(
+                args.mixing_conf, args.noise_scp, args.rir_scp, args.sample_rate, args.seed
+            )
+        return super().build_preprocess_fn(args, train)
+
+    @classmethod
+    def build_collate_fn(cls, args: argparse.Namespace, train: bool):
+        """Return ESPnet's collation; on-the-fly mixing may have changed the order of lengths."""
+        collate = super().build_collate_fn(args, train)
+        return SortedCollate(collate) if train and args.mixing_conf else collate
+
+    @classmethod
+    def build_sequence_iter_factory(cls, args: argparse.Namespace, iter_options, mode: str):
+        """Return ESPnet's factory; on-the-fly mixing is told the epoch."""
+        factory = super().build_sequence_iter_factory(args, iter_options, mode)
+        mixes = mode == "train" and args.mixing_conf
+        return EpochIterFactory(factory) if mixes else factory
 
     @classmethod
     def check_required_command_args(cls, args: argparse.Namespace):

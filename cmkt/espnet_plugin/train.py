@@ -4,10 +4,18 @@ Every option of ESPnet's `enh_train` is taken as well (`--max_epoch 3`, `--ngpu 
 ...); `cmkt train --print_config` lists them all. The options below spare writing out ESPnet's
 data triplets; those can be given instead. Training goes on from its last epoch when it was
 killed; with other data or settings, the old experiment is moved aside and training starts anew.
+
+The sampling rate is that of the mixtures. Where the YAML was written for another `sample_rate`, its
+windows, hops and kernels are scaled, so that they last as long as at that rate.
+
+With --mixing_config the training data is mixed anew in each epoch, from the speech, noise and rooms
+that `cmkt mix --online` has listed in --train_dir.
 """
 
+import argparse
 import difflib
 import io
+import json
 import logging
 import re
 import sys
@@ -37,6 +45,9 @@ def add_arguments(parser):
     parser.add_argument("--valid_dir", type=Path, help="mixture directory to validate on (stage 2)")
     parser.add_argument("--llm_dir", type=Path, help="linguistic stores dump/llm/<tag> (stage 3)")
     parser.add_argument("--stats_dir", type=Path, help="folder of --collect_stats (stage 4)")
+    parser.add_argument(
+        "--mixing_config", type=Path, help="on-the-fly mixing, for example conf/mixing/noise.yaml"
+    )
     parser.add_argument("--collect_stats", default="false", choices=["true", "false"],
                         help="only collect utterance lengths (default: false)")  # fmt: skip
 
@@ -64,12 +75,22 @@ def run(args, rest: list[str]) -> None:
         options.pop("transfer", None)
     transfer = wanted == "cmkt" and not collect
     command, inputs = _espnet_command(args, rest, transfer, collect)
+    mixing = _mixing(args) if not collect else {}
+    if mixing:
+        options["mixing"] = mixing
     stage = Stage(args.output_dir, inputs, {**options, "collect_stats": collect})
     if stage.is_done():
         print(f"{args.output_dir}: up to date")
         return
     task = _task()
     parsed = _parse(task, command, args.config)
+    stated = "sample_rate" in config or "sample_rate" in options
+    fit_sample_rate(parsed, _rate_of(args.train_dir), stated)
+    if mixing:
+        parsed.mixing_conf = mixing
+        parsed.noise_scp = str(args.train_dir / "noise.scp")
+        rooms = args.train_dir / "rir.scp"
+        parsed.rir_scp = str(rooms) if rooms.exists() else None
     if transfer and args.llm_dir:
         from cmkt.linguistic.store import STATISTICS, check_arks, read_meta, require_same_meta
 
@@ -93,6 +114,69 @@ def run(args, rest: list[str]) -> None:
         _log_to(log, args.output_dir.name)
         task.main(args=parsed)
     stage.finish()
+
+
+def _mixing(args) -> dict:
+    """Read --mixing_config, and see that --train_dir was made for it or for no such thing."""
+    online = args.train_dir is not None and _options_of(args.train_dir).get("online", False)
+    if args.mixing_config is None:
+        if online:
+            raise CmktError(
+                "holds clean speech for on-the-fly mixing", args.train_dir,
+                remedy="give --mixing_config, or run stage 2 without it",
+            )  # fmt: skip
+        return {}
+    if not online:
+        where = args.train_dir or "--train_dir"
+        raise CmktError("no speech for on-the-fly mixing", where, remedy="cmkt mix --online")
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        from cmkt.espnet_plugin.mixing import read_mixing_config
+    return read_mixing_config(args.mixing_config)
+
+
+def _options_of(folder: Path) -> dict:
+    """Return the options that a finished stage was run with."""
+    marker = folder / MARKER
+    return json.loads(marker.read_text(encoding="utf-8"))["options"] if marker.exists() else {}
+
+
+def _rate_of(folder: Path | None) -> int | None:
+    return None if folder is None else _options_of(folder).get("fs")
+
+
+def fit_sample_rate(args: argparse.Namespace, fs: int | None, stated: bool) -> None:
+    """Scale a configuration to the sampling rate of the data.
+
+    Args:
+        args: ESPnet's options, changed in place: the STFT or convolution of encoder and decoder,
+            `fold_length` and `sample_rate`.
+        fs: of the data, in Hz; None where it is not known.
+        stated: whether `sample_rate` is the user's word; ESPnet's default of 8000 says nothing.
+
+    Raises:
+        CmktError: a length that is no whole number of samples at this rate.
+    """
+    if fs is None or not stated:
+        args.sample_rate = fs or args.sample_rate
+        return
+
+    def scaled(key: str, value: int) -> int:
+        if value * fs % args.sample_rate:
+            raise CmktError(
+                f"{key} {value} at {args.sample_rate} Hz is no whole number at {fs} Hz",
+                getattr(args, "config", None),
+                remedy="write a configuration for this rate, with its sample_rate",
+            )
+        return value * fs // args.sample_rate
+
+    for conf in (args.encoder_conf, args.decoder_conf):
+        for key in ("n_fft", "win_length", "hop_length", "kernel_size", "stride"):
+            if conf.get(key):
+                conf[key] = scaled(key, conf[key])
+        if "default_fs" in conf:
+            conf["default_fs"] = fs
+    args.fold_length = [scaled("fold_length", length) for length in args.fold_length]
+    args.sample_rate = fs
 
 
 def _task():

@@ -14,8 +14,9 @@ import soundfile
 from cmkt.cli import main
 from cmkt.corpus.datadir import DataDirectory, read_table
 from cmkt.corpus.level import PEAK, active_power, is_silent, mix_at_snr
-from cmkt.corpus.mix import SnrPlan, mix
-from cmkt.corpus.noise import fit_length, list_noise, read_stretch
+from cmkt.corpus.mix import mix
+from cmkt.corpus.mixer import SnrPlan, shard_path
+from cmkt.corpus.noise import fit_length, list_audio, read_stretch
 from cmkt.errors import CmktError
 from cmkt.stage import MARKER
 
@@ -151,10 +152,10 @@ def test_crop_is_that_part_of_the_file(noise):
 
 def test_listing_is_recursive_and_sorted(noise):
     (noise / "readme.txt").write_text("x")
-    assert list(list_noise(noise)) == ["a/long.WAV", "fast.wav", "short.flac"]
+    assert list(list_audio(noise)) == ["a/long.WAV", "fast.wav", "short.flac"]
     scp = noise / "wav.scp"
     scp.write_text("n1 /x/1.wav\nn2 /x/2.wav\n")
-    assert list_noise(scp) == {"n1": Path("/x/1.wav"), "n2": Path("/x/2.wav")}
+    assert list_audio(scp) == {"n1": Path("/x/1.wav"), "n2": Path("/x/2.wav")}
 
 
 def touch(folder, names):
@@ -165,31 +166,31 @@ def touch(folder, names):
 
 def test_split_by_folder(tmp_path):
     touch(tmp_path, ["TR/1.wav", "TR/x/2.wav", "tt/3.wav", "other/4.wav"])
-    assert list(list_noise(tmp_path, "train")) == ["TR/1.wav", "TR/x/2.wav"]
-    assert list(list_noise(tmp_path, "valid")) == ["TR/1.wav", "TR/x/2.wav"]
-    assert list(list_noise(tmp_path, "test")) == ["tt/3.wav"]
+    assert list(list_audio(tmp_path, "train")) == ["TR/1.wav", "TR/x/2.wav"]
+    assert list(list_audio(tmp_path, "valid")) == ["TR/1.wav", "TR/x/2.wav"]
+    assert list(list_audio(tmp_path, "test")) == ["tt/3.wav"]
     touch(tmp_path, ["cv/5.wav"])
-    assert list(list_noise(tmp_path, "valid")) == ["cv/5.wav"]
+    assert list(list_audio(tmp_path, "valid")) == ["cv/5.wav"]
 
 
 def test_split_by_hash_parts_the_files_and_is_stable(tmp_path):
-    touch(tmp_path, [f"{index}.wav" for index in range(400)])
-    parts = {split: set(list_noise(tmp_path, split)) for split in ("train", "valid", "test")}
+    touch(tmp_path, [f"n{index}.wav" for index in range(400)])
+    parts = {split: set(list_audio(tmp_path, split)) for split in ("train", "valid", "test")}
     assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 400
     assert 250 < len(parts["train"]) < 310 and 55 < len(parts["test"]) < 105
     touch(tmp_path, ["new.wav"])
-    assert set(list_noise(tmp_path, "test")) - {"new.wav"} == parts["test"]
+    assert set(list_audio(tmp_path, "test")) - {"new.wav"} == parts["test"]
 
 
 def test_noise_errors(tmp_path):
     with pytest.raises(CmktError, match="no such noise folder"):
-        list_noise(tmp_path / "none")
+        list_audio(tmp_path / "none")
     with pytest.raises(CmktError, match="no noise files"):
-        list_noise(tmp_path)
+        list_audio(tmp_path)
     touch(tmp_path, ["only.wav"])
-    with pytest.raises(CmktError, match="no noise files for"):
+    with pytest.raises(CmktError, match="too few noise recordings"):
         for split in ("train", "valid", "test"):
-            list_noise(tmp_path, split)
+            list_audio(tmp_path, split)
 
 
 # SNR plans
@@ -215,7 +216,7 @@ def test_mixtures_have_the_snr_in_the_table(tmp_path, noise):
     assert list(data.wav) == [f"u{i}" for i in range(6)]
     assert data.text == {"u1": "some words"}
     snrs = read_table(tmp_path / "out" / "utt2snr")
-    assert set(read_table(tmp_path / "out" / "utt2noise").values()) <= set(list_noise(noise))
+    assert set(read_table(tmp_path / "out" / "utt2noise").values()) <= set(list_audio(noise))
     for key, snr in snrs.items():
         achieved, peak = achieved_snr(tmp_path / "out", key)
         assert achieved == pytest.approx(float(snr), abs=0.1)
@@ -230,12 +231,12 @@ def test_result_depends_on_seed_and_id_alone(tmp_path, noise):
     one = content(tmp_path / "one")
     assert one == content(tmp_path / "three")
     mix(source, tmp_path / "other", noise, nj=1, seed=1)
-    assert one["audio/u0.wav"] != content(tmp_path / "other")["audio/u0.wav"]
+    assert one[shard_path("audio", "u0")] != content(tmp_path / "other")[shard_path("audio", "u0")]
     for name in ("wav.scp", "utt2spk", "text"):  # without the other utterances
         kept = [x for x in (source / name).read_text().splitlines() if x.startswith("u1 ")]
         (source / name).write_text("".join(f"{x}\n" for x in kept))
     mix(source, tmp_path / "alone", noise, nj=1)
-    assert content(tmp_path / "alone")["audio/u1.wav"] == one["audio/u1.wav"]
+    assert content(tmp_path / "alone")[shard_path("audio", "u1")] == one[shard_path("audio", "u1")]
 
 
 def test_each_snr_with_the_same_noise(tmp_path, noise):
@@ -257,14 +258,14 @@ def test_second_run_does_nothing_and_a_change_redoes(tmp_path, noise):
     assert set(read_table(out / "utt2snr").values()) == {"20"}
     write(tmp_path / "corpus" / "u0.wav", np.ones(4 * FS) * 0.1)
     mix(source, out, noise, nj=1, snr="20")
-    assert soundfile.info(out / "audio" / "u0.wav").frames == 4 * FS
+    assert soundfile.info(out / shard_path("audio", "u0")).frames == 4 * FS
 
 
 def test_rate_is_converted(tmp_path, noise):
     source = data_dir(tmp_path, 1)
     write(tmp_path / "corpus" / "u0.wav", speech(np.random.default_rng(0), 2, fs=44100), 44100)
     mix(source, tmp_path / "out", noise, fs=8000, nj=1)
-    header = soundfile.info(tmp_path / "out" / "audio" / "u0.wav")
+    header = soundfile.info(tmp_path / "out" / shard_path("audio", "u0"))
     assert (header.samplerate, header.frames, header.subtype) == (8000, 16000, "PCM_16")
 
 
@@ -273,7 +274,7 @@ def test_stated_channel_is_used(tmp_path, noise):
     clean = speech(np.random.default_rng(0), 1)
     write(tmp_path / "corpus" / "u0.wav", np.stack([np.zeros(FS), clean], 1))
     mix(source, tmp_path / "out", noise, nj=1, channel=1, snr="30")
-    reference, _ = soundfile.read(tmp_path / "out" / "spk1" / "u0.wav")
+    reference, _ = soundfile.read(tmp_path / "out" / shard_path("spk1", "u0"))
     assert np.abs(reference - clean).max() < 1e-4
 
 
@@ -326,7 +327,7 @@ def paired(folder, fs=FS, reference=None, reference_fs=None):
 def test_paired_data_is_copied_without_noise(tmp_path):
     noisy = paired(tmp_path)
     mix(tmp_path / "data", tmp_path / "out", noise_dir="", nj=1)
-    copied, _ = soundfile.read(tmp_path / "out" / "audio" / "a.wav")
+    copied, _ = soundfile.read(tmp_path / "out" / shard_path("audio", "a"))
     assert np.array_equal(copied, noisy)
     assert read_table(tmp_path / "out" / "utt2snr") == {"a": "7"}
     assert not (tmp_path / "out" / "utt2noise").exists()
@@ -398,7 +399,7 @@ def test_length_of_a_streamed_wav_is_no_error(tmp_path, noise):
     data[4:8] = data[at : at + 4] = b"\xff\xff\xff\xff"  # as written by ffmpeg into a pipe
     path.write_bytes(data)
     mix(source, tmp_path / "out", noise, nj=1)
-    assert soundfile.info(tmp_path / "out" / "audio" / "u0.wav").frames == FS
+    assert soundfile.info(tmp_path / "out" / shard_path("audio", "u0")).frames == FS
 
 
 def test_pipe_runs_only_when_trusted(tmp_path, noise):
@@ -449,10 +450,10 @@ def test_killed_run_is_resumed_to_the_same_result(tmp_path, noise):
         stream.write('{"utterance": "u')  # killed in the middle of a line
     done = len(journal.read_text().splitlines()) - 1
     assert 0 < done < 60
-    first = tmp_path / ".out.work" / "audio" / "u0.wav"
+    first = tmp_path / ".out.work" / shard_path("audio", "u0")
     written = first.stat().st_mtime_ns
     mix(source, out, noise, nj=1)
-    assert (out / "audio" / "u0.wav").stat().st_mtime_ns == written
+    assert (out / shard_path("audio", "u0")).stat().st_mtime_ns == written
     mix(source, tmp_path / "whole", noise, nj=1)
     assert content(out) == content(tmp_path / "whole")
     assert_no_process_of(process.pid)
