@@ -54,7 +54,7 @@ def atomic_file(path: Path, mode: str = "w", **kwargs) -> Iterator:
 
 
 @contextmanager
-def _lock(output: Path) -> Iterator[None]:
+def lock(output: Path) -> Iterator[None]:
     """Hold an output for this process; the system lets go of it however the process ends."""
     path = output.with_name(f".{output.name}.lock")
     with open(path, "w") as stream:
@@ -115,7 +115,7 @@ class Stage:
             CmktError: another process is making the same output.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(self.output):
+        with lock(self.output):
             yield from self._working_directory()
 
     def _working_directory(self) -> Iterator[Path]:

@@ -52,7 +52,7 @@ class Segment:
         start: where the utterance begins, in seconds.
         end: where it ends, in seconds; None takes all of the rest.
         raw: what `soundfile.read` must be told of a file without a header, for example
-            `{"samplerate": 16000, "channels": 1, "subtype": "PCM_16", "endian": "BIG"}`.
+            `(("samplerate", 16000), ("channels", 1), ("subtype", "PCM_16"), ("endian", "BIG"))`.
     """
 
     path: str
@@ -194,8 +194,7 @@ def write_set(folder: Path, data: DataDirectory, nj: int = 1) -> None:
                 jobs = [(work / name / f"{u}.flac", piece) for u, piece in pieces.items()]
                 if jobs:
                     (work / name).mkdir(exist_ok=True)
-                for _ in parallel_map(_write_segment, jobs, nj, f"{folder.name} {name}"):
-                    pass
+                    list(parallel_map(_write_segment, jobs, nj, f"{folder.name} {name}"))
                 paths = {u: str(folder.absolute() / name / f"{u}.flac") for u in pieces}
                 written[name] = {**table, **paths}
             spk1 = written["spk1"] if data.spk1 is not None else None

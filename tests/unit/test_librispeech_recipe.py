@@ -44,7 +44,9 @@ def prepare(cwd, corpus_dir, *more):
 
 
 def test_sets_hold_all_utterances_and_the_transcripts_there_are(tmp_path, corpus):
-    for corpus_dir in (corpus, corpus.parent):  # the folder itself, or the one it lies in
+    # The folder itself, the one it lies in, a subset, and a speaker.
+    subset = corpus / "train-clean-100"
+    for corpus_dir in (corpus, corpus.parent, subset, subset / "10"):
         done = prepare(tmp_path, corpus_dir)
         assert done.returncode == 0, done.stderr
     made = sorted(path.name for path in (tmp_path / "data").iterdir())
@@ -77,23 +79,56 @@ def test_subsets_are_options(tmp_path, corpus):
     assert not (tmp_path / "data" / "test_other").exists()
 
 
-@pytest.mark.parametrize("corpus_dir", ["", "none"])
-def test_missing_corpus_tells_source_size_and_tree(tmp_path, corpus_dir):
+@pytest.mark.parametrize(
+    "corpus_dir, what", [("", "give --corpus_dir"), ("none", "no such corpus folder")]
+)
+def test_missing_corpus_tells_source_size_and_tree(tmp_path, corpus_dir, what):
     done = prepare(tmp_path, corpus_dir)
     assert done.returncode == 1
     first = done.stderr.splitlines()[0]
-    assert first.startswith("local/data.sh: error: ") and "no such corpus folder" in first
-    for word in ("openslr.org/12", "CC BY 4.0", "train-clean-100 (6.3 GB)", ".trans.txt"):
+    assert first.startswith("local/data.sh: error: ") and what in first
+    for word in ("openslr.org/12", "CC BY 4.0", "train-clean-100/  (6.4 GB", ".trans.txt"):
         assert word in done.stderr
     assert not (tmp_path / "data").exists()
 
 
-def test_missing_subset_is_named_before_any_set_is_made(tmp_path, corpus):
-    (corpus / "test-other").rename(corpus / "elsewhere")
+def test_folder_of_something_else_is_refused(tmp_path, corpus):
+    (tmp_path / "music").mkdir()
+    done = prepare(tmp_path, tmp_path / "music")
+    assert done.returncode == 1
+    assert "not LibriSpeech: nothing matches" in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_missing_subset_is_named_before_any_set_is_made(tmp_path, corpus, empty):
+    (corpus / "test-other").rename(tmp_path / "elsewhere")
+    if empty:
+        (corpus / "test-other").mkdir()
     done = prepare(tmp_path, corpus)
     assert done.returncode == 1
-    assert "test-other: no such LibriSpeech subset" in done.stderr
+    what = "no <speaker>/<chapter>/*.flac" if empty else "no such LibriSpeech subset"
+    assert f"{corpus / 'test-other'}: {what}" in done.stderr.splitlines()[0]
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "options, what",
+    [
+        ("--train_subsets train-clean-100 train-clean-100", "10-7-0000 is also"),
+        ("--train_subsets train-clean-100 dev-clean", "is in train and in valid"),
+    ],
+)
+def test_subset_given_twice_is_refused(tmp_path, corpus, options, what):
+    done = prepare(tmp_path, corpus, *options.split())
+    assert done.returncode == 1 and what in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_file_in_the_folder_of_another_speaker_is_refused(tmp_path, corpus):
+    path = corpus / "train-clean-100/10/7/99-7-0000.flac"
+    soundfile.write(path, np.zeros(160), 16000)
+    done = prepare(tmp_path, corpus)
+    assert done.returncode == 1 and f"{path}: not an utterance of speaker 10" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,115 +5,108 @@ without a transcript are kept: they train enhancement and have no line in `text`
 """
 
 import argparse
-import hashlib
-import json
+import os
 import sys
 from pathlib import Path
 
 from cmkt.corpus.datadir import DataDirectory, read_table
+from cmkt.corpus.recipe import Corpus, NoCorpus, run_recipe
 from cmkt.errors import CmktError
-from cmkt.stage import Stage
 
-SIZES = {
-    "train-clean-100": "6.3 GB",
-    "train-clean-360": "23 GB",
-    "train-other-500": "30 GB",
-    "dev-clean": "337 MB",
-    "dev-other": "314 MB",
-    "test-clean": "346 MB",
-    "test-other": "328 MB",
-}
-EXPECTED = """\
-LibriSpeech: https://www.openslr.org/12, CC BY 4.0. Give --corpus_dir the folder LibriSpeech, or the
-one it lies in:
+CORPUS = Corpus(
+    name="LibriSpeech",
+    source="https://www.openslr.org/12, CC BY 4.0",
+    tree="""\
     LibriSpeech/
-        train-clean-100/
+        train-clean-100/  (6.4 GB; further: train-clean-360, 23 GB, train-other-500, 31 GB)
             <speaker>/<chapter>/<speaker>-<chapter>-<number>.flac
             <speaker>/<chapter>/<speaker>-<chapter>.trans.txt
-        dev-clean/ ...
-Needed here: """
+        dev-clean/  test-clean/  test-other/  dev-other/  (0.3 GB each)""",
+    landmark="*-[co]*/[0-9]*/[0-9]*/*.flac",
+    archives=Path(__file__).resolve().parents[1] / "archives.yaml",
+)
 
 
-def find_subset(corpus_dir: str, subset: str) -> Path:
-    """Return the folder of a subset.
+def read_subset(data: DataDirectory, folder: Path) -> None:
+    """Add the utterances of one subset to a data directory.
 
     Raises:
-        CmktError: it is not there, or holds no audio.
+        CmktError: no such subset, an utterance that comes twice, a file name that does not start
+            with its speaker, a transcript without audio or one that cannot be read.
     """
-    remedy = "see below for what to download" if corpus_dir else "give --corpus_dir"
-    if not corpus_dir or not Path(corpus_dir).is_dir():
-        raise CmktError("no such corpus folder", corpus_dir or "--corpus_dir", remedy=remedy)
-    root = Path(corpus_dir).resolve()
-    if (root / "LibriSpeech").is_dir():
-        root = root / "LibriSpeech"
-    folder = root / subset
     if not folder.is_dir():
-        raise CmktError("no such LibriSpeech subset", folder, remedy=remedy)
-    if next(folder.glob("*/*/*.flac"), None) is None:
-        raise CmktError("no <speaker>/<chapter>/*.flac in it", folder, remedy=remedy)
-    return folder
+        raise NoCorpus("no such LibriSpeech subset", folder, remedy="unpack its archive there")
+    empty = True
+    # os.scandir: LibriSpeech has 290 000 files, and pathlib takes its time.
+    for speaker in _entries(folder):
+        for chapter in _entries(speaker.path):
+            entries = _entries(chapter.path)
+            for entry in entries:
+                if entry.name.endswith(".flac"):
+                    empty = False
+                    _add_utterance(data, entry, speaker.name)
+            for entry in entries:
+                if entry.name.endswith(".trans.txt"):
+                    _add_transcripts(data, entry)
+    if empty:
+        raise NoCorpus("no <speaker>/<chapter>/*.flac in it", folder, remedy="unpack its archive")
 
 
-def read_subsets(folders: list[Path]) -> tuple[DataDirectory, list[Path], list[int]]:
-    """Read subsets into one data directory.
-
-    Args:
-        folders: as `find_subset` gives them.
-
-    Returns:
-        the data, the transcript files, and the size of each audio file in bytes.
-
-    Raises:
-        CmktError: an utterance id that comes twice, a file name that does not start with its
-            speaker, a transcript without audio, or a transcript file that cannot be read.
-    """
-    data, sizes, transcripts = DataDirectory({}, {}), [], []
-    for folder in folders:
-        for path in sorted(folder.glob("*/*/*.flac")):
-            utterance, speaker = path.stem, path.parent.parent.name
-            if utterance in data.wav:
-                raise CmktError(
-                    f"utterance {utterance} is also {data.wav[utterance]}",
-                    path,
-                    remedy="remove one",
-                )
-            if utterance.split("-")[0] != speaker:
-                raise CmktError(f"not an utterance of speaker {speaker}", path, remedy="move it")
-            data.wav[utterance], data.utt2spk[utterance] = str(path), speaker
-            sizes.append(path.stat().st_size)
-        for path in sorted(folder.glob("*/*/*.trans.txt")):
-            transcripts.append(path)
-            for line, (utterance, words) in enumerate(read_table(path).items(), 1):
-                if Path(data.wav.get(utterance, "")).parent != path.parent:
-                    raise CmktError(
-                        f"transcript for unknown utterance {utterance}",
-                        path,
-                        line,
-                        f"add {utterance}.flac or remove the line",
-                    )
-                data.text[utterance] = words
-    return data, transcripts, sizes
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except NotADirectoryError:
+        return []
 
 
-def prepare(name: str, corpus_dir: str, subsets: list[str], data_dir: Path) -> None:
-    """Make data_dir/name from subsets; does nothing if it is up to date."""
-    if len(set(subsets)) != len(subsets):
-        raise CmktError(f"a subset of {name} is given twice: {' '.join(subsets)}")
-    data, transcripts, sizes = read_subsets([find_subset(corpus_dir, s) for s in subsets])
-    listing = hashlib.sha256(json.dumps([data.wav, sizes]).encode()).hexdigest()
-    stage = Stage(data_dir / name, transcripts, {"subsets": subsets, "listing": listing})
-    if not stage.is_done():
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with stage.working_directory() as work:
-            data.write(work)
-    print(f"{data_dir / name}: {len(data.wav)} utterances, {len(data.text)} with a transcript")
+def _add_utterance(data: DataDirectory, entry: os.DirEntry, speaker: str) -> None:
+    utterance = entry.name.removesuffix(".flac")
+    if utterance in data.wav:
+        other = data.wav[utterance]
+        raise CmktError(f"utterance {utterance} is also {other}", entry.path, remedy="remove one")
+    if utterance.split("-")[0] != speaker:
+        raise CmktError(f"not an utterance of speaker {speaker}", entry.path, remedy="move it")
+    data.wav[utterance], data.utt2spk[utterance] = entry.path, speaker
 
 
-def main() -> int:
-    """Prepare all sets; return the exit status."""
-    parser = argparse.ArgumentParser(prog="local/data.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus_dir", default="", help="LibriSpeech, or the folder it lies in")
-    parser.add_argument("--data_dir", type=Path, default="data", help="(default %(default)s)")
+def _add_transcripts(data: DataDirectory, entry: os.DirEntry) -> None:
+    folder = os.path.dirname(entry.path)
+    for line, (utterance, words) in enumerate(read_table(entry.path).items(), 1):
+        if os.path.dirname(data.wav.get(utterance, "")) != folder:
+            what = f"transcript for unknown utterance {utterance}"
+            remedy = f"add {utterance}.flac or remove the line"
+            raise CmktError(what, entry.path, line, remedy)
+        data.text[utterance] = words
+
+
+def sets_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the subsets of each set."""
+    # Subsets may come as words or as one quoted list.
+    train, valid, test = (
+        " ".join(words).split()
+        for words in (args.train_subsets, args.valid_subsets, args.test_subsets)
+    )
+    return {"train": train, "valid": valid, **{s.replace("-", "_"): [s] for s in test}}
+
+
+def needed(args: argparse.Namespace) -> list[str]:
+    """Return the archives to download: each holds one subset."""
+    return [subset for subsets in sets_of(args).values() for subset in subsets]
+
+
+def read_sets(root: Path, args: argparse.Namespace) -> dict[str, DataDirectory]:
+    """Read all sets from the folder LibriSpeech."""
+    sets = {}
+    for name, subsets in sets_of(args).items():
+        sets[name] = DataDirectory({}, {})
+        for subset in subsets:
+            read_subset(sets[name], root / subset)
+    return sets
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose subsets."""
     for group, default, note in (
         ("train", "train-clean-100", ""),
         ("valid", "dev-clean", ""),
@@ -122,28 +115,8 @@ def main() -> int:
         parser.add_argument(
             f"--{group}_subsets", nargs="+", default=[default], help=f"{note}default {default}"
         )
-    parser.add_argument("--seed", type=int, help="not used: nothing is drawn here")
-    parser.add_argument("--nj", type=int, help="not used: only names and texts are read")
-    args = parser.parse_args()
-    # Subsets may come as words or as one quoted list.
-    train, valid, test = (
-        " ".join(words).split()
-        for words in (args.train_subsets, args.valid_subsets, args.test_subsets)
-    )
-    sets = {"train": train, "valid": valid, **{s.replace("-", "_"): [s] for s in test}}
-    try:
-        for subset in [*train, *valid, *test]:  # all of them before any is made
-            find_subset(args.corpus_dir, subset)
-        for name, subsets in sets.items():
-            prepare(name, args.corpus_dir, subsets, args.data_dir)
-    except CmktError as error:
-        print(f"local/data.sh: error: {error}", file=sys.stderr)
-        if "see below" in str(error) or not args.corpus_dir:
-            needed = [f"{s} ({SIZES.get(s, 'size unknown')})" for s in [*train, *valid, *test]]
-            print(EXPECTED + ", ".join(needed), file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    description = __doc__.splitlines()[0]
+    sys.exit(run_recipe(CORPUS, read_sets, description, add_arguments, needed))
