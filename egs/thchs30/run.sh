@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Settings of the THCHS-30 recipe; the stages are in ../../run.sh.
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# The official dev set has speakers of the training set (README.md).
+exec "$here/../../run.sh" --recipe_dir "$here" --lang zh \
+    --train_set train --valid_set valid --test_sets test \
+    --train_snr -5:10 --valid_snr -5:10 --test_snr -5,0,5,10 \
+    --validate_args "--allow shared_speakers" \
+    --llm_config conf/llm/own_character.yaml "$@"

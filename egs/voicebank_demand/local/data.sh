@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Stage 1: VoiceBank-DEMAND as it lies on disk -> data/{train,valid,test}
+set -euo pipefail
+exec python3 "$(dirname "${BASH_SOURCE[0]}")/prepare.py" "$@"
