@@ -81,7 +81,7 @@ if doing 3 "$skip_data_prep" && "$uses_text"; then
                 run cmkt transcribe --data_dir "$dumpdir/audio/$set" --recogniser "$recogniser" --nj "$nj" \
                     ${lang:+--language "$lang"} ${noisy:+"$noisy"} --output_dir "$(dirname "$text")" ;;
             # The controls change what is learnt from; the transfer gap is measured on the true text.
-            *) [ "$set" = "$train_set" ] || source=transcript ;;
+            *) need_text "$text"; [ "$set" = "$train_set" ] || source=transcript ;;
         esac
         if [ "$set" = "$train_set" ] && grep -q '^lm_train:' "$llm_config"; then
             run cmkt lm-train --llm_config "$llm_config" --text "$text"

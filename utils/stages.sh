@@ -15,6 +15,9 @@ need() { # folder stage: stop unless an earlier stage has finished the folder
     "$dry_run" || [ -e "$1/.done.json" ] ||
         fail "stage $stage_number needs $1, which stage $2 makes: ./run.sh --stage $2"
 }
+need_text() { # file: stop where there are no transcripts to learn from
+    "$dry_run" || [ -s "$1" ] || fail "no transcripts: $1; give --text_source asr (or none for a baseline only)"
+}
 tag_of() { # config seed
     local name
     name=$(basename "$1" .yaml)

@@ -31,7 +31,7 @@ class Corpus:
         source: where it comes from, and its licence.
         tree: the files and folders that are expected, for messages.
         landmark: a pattern relative to the corpus folder that something must match, such as
-            `wav/train`: it tells the folder from those above and below it.
+            `wav/train`: it tells the folder from those above and below it; `**` takes any.
         archives: table of what can be downloaded (see `cmkt.corpus.download`); None where the
             licence or the owner does not allow it.
     """
@@ -119,6 +119,7 @@ def run_recipe(
     parser.add_argument("--corpus_dir", default="", help=f"{corpus.name} as it lies on disk")
     parser.add_argument("--data_dir", type=Path, default="data", help="(default %(default)s)")
     parser.add_argument("--download_dir", help="download the corpus to this folder first")
+    parser.add_argument("--lang", choices=("en", "zh"), help="language of the corpus")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--nj", type=int, default=2, help="parallel jobs (default %(default)s)")
     add_arguments(parser)
@@ -166,9 +167,10 @@ def _check_sets(sets: dict[str, DataDirectory], corpus: Corpus) -> None:
 
 
 def _state(value: str | Segment) -> object:
-    path = Path(value.path if isinstance(value, Segment) else value)
-    size = path.stat().st_size if path.is_file() else None
-    return [repr(value), size]
+    path = value.path if isinstance(value, Segment) else value
+    # A pipe is no path, and may be too long for one.
+    known = not path.endswith("|") and Path(path).is_file()
+    return [repr(value), Path(path).stat().st_size if known else None]
 
 
 def write_set(folder: Path, data: DataDirectory, nj: int = 1) -> None:

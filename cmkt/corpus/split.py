@@ -2,9 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 from cmkt.corpus.datadir import DataDirectory
 from cmkt.errors import CmktError
+
+HELD_OUT = 0.1  # share of the speakers of each set that is split off
 
 
 def select(data: DataDirectory, utterances: Iterable[str]) -> DataDirectory:
@@ -53,3 +56,41 @@ def split_groups(group_of: dict[str, str], shares: dict[str, float]) -> dict[str
         side: {item for item, group in group_of.items() if side_of[group] == side}
         for side in shares
     }
+
+
+def split_off(
+    sets: dict[str, DataDirectory], missing: list[str], where: Path
+) -> dict[str, DataDirectory]:
+    """Take missing sets from the training set, each a tenth of its speakers and at least one.
+
+    With fewer speakers than sets, utterances are split instead; this is said.
+
+    Args:
+        sets: {name: data}, of which one is `train`.
+        missing: names of the sets to make, such as `["test", "valid"]`.
+        where: the corpus, for messages.
+
+    Returns:
+        all sets, `train` first.
+
+    Raises:
+        CmktError: fewer utterances than sets.
+    """
+    data = sets["train"]
+    shares = {**dict.fromkeys(missing, HELD_OUT), "train": 1}
+    group_of, speakers = data.utt2spk, len(set(data.utt2spk.values()))
+    if len(data.wav) < len(shares):
+        raise CmktError(
+            f"{len(data.wav)} utterances cannot be split into {', '.join(shares)}",
+            where,
+            remedy="give more speech",
+        )
+    if speakers < len(shares):
+        group_of = {utterance: utterance for utterance in data.wav}
+        print(
+            f"{where}: too few speakers to keep the sets apart ({speakers}): split by utterance. "
+            "The check of the data will name it; run.sh --validate_args '--allow shared_speakers'"
+        )
+    parts = split_groups(group_of, shares)
+    made = {name: select(data, parts[name]) for name in ("train", *missing)}
+    return {**made, **{name: data for name, data in sets.items() if name != "train"}}

@@ -1,4 +1,4 @@
-"""The metrics of `cmkt score`: PESQ, STOI, ESTOI, SI-SNR and SNR of one utterance.
+"""The metrics of `cmkt score`, each of one utterance.
 
 SI-SNR and SNR are written out here because torchmetrics imports `transformers`, which scoring
 must run without; a test holds them against torchmetrics.
@@ -7,9 +7,12 @@ must run without; a test holds them against torchmetrics.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import soxr
+
+from cmkt.evaluate.composite import Composite, composite, segmental_snr
 
 PESQ_RATE = 16000
 
@@ -29,11 +32,24 @@ def pesq(reference: np.ndarray, enhanced: np.ndarray, fs: int) -> float:
     Raises:
         MetricError: no speech found, shorter than a quarter of a second, or silent output.
     """
+    return _wideband_pesq(*_at_pesq_rate(reference, enhanced, fs))
+
+
+def _at_pesq_rate(reference: np.ndarray, enhanced: np.ndarray, fs: int) -> tuple[bytes, bytes]:
+    pair = (np.asarray(x, np.float32) for x in (reference, enhanced))
+    if fs != PESQ_RATE:
+        pair = (soxr.resample(x, fs, PESQ_RATE) for x in pair)
+    return tuple(x.tobytes() for x in pair)
+
+
+# PESQ takes most of the time, and four metrics of an utterance want it: the last one is kept. Bytes
+# stand for the arrays because they can be compared.
+@lru_cache(maxsize=1)
+def _wideband_pesq(reference: bytes, enhanced: bytes) -> float:
     from pesq import PesqError
     from pesq import pesq as itu_pesq
 
-    if fs != PESQ_RATE:
-        reference, enhanced = (soxr.resample(x, fs, PESQ_RATE) for x in (reference, enhanced))
+    reference, enhanced = (np.frombuffer(x, np.float32) for x in (reference, enhanced))
     if not np.any(enhanced):  # the library fails on it with an unrelated message
         raise MetricError("PESQ: the output is silent")
     try:
@@ -119,6 +135,51 @@ def snr(reference: np.ndarray, enhanced: np.ndarray, fs: int = 0) -> float:
     return _decibels(reference, reference - enhanced)
 
 
+def segsnr(reference: np.ndarray, enhanced: np.ndarray, fs: int) -> float:
+    """Segmental signal-to-noise ratio in dB; see `cmkt.evaluate.composite.segmental_snr`.
+
+    Raises:
+        MetricError: the reference is silent or too short.
+    """
+    if not np.any(reference):
+        raise MetricError("segmental SNR: the reference is silent")
+    try:
+        return segmental_snr(reference, enhanced, fs)
+    except ValueError as error:
+        raise MetricError(f"segmental SNR: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _composite(reference: bytes, enhanced: bytes) -> Composite:
+    quality = _wideband_pesq(reference, enhanced)
+    reference, enhanced = (np.frombuffer(x, np.float32) for x in (reference, enhanced))
+    return composite(reference, enhanced, PESQ_RATE, quality)
+
+
+def csig(reference: np.ndarray, enhanced: np.ndarray, fs: int) -> float:
+    """Predicted rating of the speech itself, 1 to 5 (Hu and Loizou 2008), at 16 kHz.
+
+    Args:
+        reference: clean speech (N,).
+        enhanced: processed speech (N,).
+        fs: sampling rate in Hz; other rates than 16 kHz are converted to it first.
+
+    Raises:
+        MetricError: where PESQ is not defined.
+    """
+    return _composite(*_at_pesq_rate(reference, enhanced, fs)).csig
+
+
+def cbak(reference: np.ndarray, enhanced: np.ndarray, fs: int) -> float:
+    """Predicted rating of the background, 1 (intrusive) to 5 (not noticed); see `csig`."""
+    return _composite(*_at_pesq_rate(reference, enhanced, fs)).cbak
+
+
+def covl(reference: np.ndarray, enhanced: np.ndarray, fs: int) -> float:
+    """Predicted rating of the overall quality, 1 to 5; see `csig`."""
+    return _composite(*_at_pesq_rate(reference, enhanced, fs)).covl
+
+
 @dataclass(frozen=True)
 class Metric:
     """How a metric is computed and shown; for all of them higher is better.
@@ -140,4 +201,8 @@ METRICS = {
     "estoi": Metric("ESTOI", 3, estoi),
     "si_snr": Metric("SI-SNR (dB)", 2, si_snr),
     "snr": Metric("SNR (dB)", 2, snr),
+    "segsnr": Metric("segSNR (dB)", 2, segsnr),
+    "csig": Metric("CSIG", 2, csig),
+    "cbak": Metric("CBAK", 2, cbak),
+    "covl": Metric("COVL", 2, covl),
 }

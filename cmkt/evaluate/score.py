@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         default="pesq,stoi,estoi,si_snr,snr",
-        help="comma-separated (default: %(default)s)",
+        help="comma-separated, of pesq, stoi, estoi, si_snr, snr, segsnr, csig, cbak, covl "
+        "(default: %(default)s)",
     )
     parser.add_argument("--nj", type=int, default=2, help="parallel jobs (default: %(default)s)")
 
@@ -208,9 +209,10 @@ def score_all(
         raise CmktError("a scoring process died", remedy="out of memory? lower --nj") from error
     others = sorted(rate for rate in rates if rate not in (None, PESQ_RATE))
     notes = [
-        f"PESQ is wide-band at {PESQ_RATE} Hz; audio at {rate} Hz was converted to it"
+        f"PESQ is wide-band at {PESQ_RATE} Hz, and so are the composite measures; "
+        f"audio at {rate} Hz was converted to it"
         for rate in others
-        if "pesq" in metrics
+        if {"pesq", "csig", "cbak", "covl"} & set(metrics)
     ]
     return scores, notes
 

@@ -112,6 +112,27 @@ def test_mini_without_transcripts_and_without_text(repository):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def test_mini_mixed_on_the_fly_in_rooms_with_babble_at_8_khz(repository, tmp_path):
+    """What docs/data.md offers, in one run: rooms, babble, on-the-fly mixing, another rate."""
+    rooms = tmp_path / "rooms"
+    simulated = ["cmkt", "simulate-rooms", "--output_dir", rooms, "--rooms", "10"]
+    assert run(simulated).returncode == 0
+    options = [*SMALL, "--fs", "8000", "--mixing_config", "conf/mixing/all.yaml",
+               "--mix_args", f"--babble_share 0.3 --babble_talkers 1 2 --rir_dir {rooms}",
+               "--dumpdir", "dump_8k", "--expdir", "exp_8k",
+               "--results", "RESULTS_8k.md"]  # fmt: skip
+    done = run([repository / "run.sh", *options])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    recipe = repository / "egs" / "mini"
+    experiment = recipe / "exp_8k" / "blstm_cmkt_minilm_online_all_seed0"
+    config = yaml.safe_load((experiment / "export" / "config.yaml").read_text())
+    assert config["sample_rate"] == 8000
+    noises = (recipe / "dump_8k" / "audio" / "test" / "utt2noise").read_text()
+    assert "babble:" in noises and "babble:" not in (
+        recipe / "dump_8k" / "audio" / "train" / "noise.scp").read_text()  # fmt: skip
+    assert "blstm_online_all" in (recipe / "RESULTS_8k.md").read_text()
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the speech pack is not here")
 def test_librispeech_on_real_speech(repository, tmp_path):
     layout = [

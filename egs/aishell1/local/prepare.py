@@ -96,11 +96,6 @@ def read_sets(root: Path, args: argparse.Namespace) -> dict[str, DataDirectory]:
     return sets
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take the language that run.sh passes on."""
-    parser.add_argument("--lang", choices=["zh"], help="Mandarin; there is no other")
-
-
 if __name__ == "__main__":
     description = __doc__.splitlines()[0]
-    sys.exit(run_recipe(CORPUS, read_sets, description, add_arguments, lambda a: ["data_aishell"]))
+    sys.exit(run_recipe(CORPUS, read_sets, description, needed=lambda args: ["data_aishell"]))

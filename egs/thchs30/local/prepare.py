@@ -71,8 +71,7 @@ def read_sets(root: Path, args: argparse.Namespace) -> dict[str, DataDirectory]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of the archives, and take the language that run.sh passes on."""
-    parser.add_argument("--lang", choices=["zh"], help="Mandarin; there is no other")
+    """Add the choice of the archives."""
     parser.add_argument(
         "--with_noise",
         action="store_true",
