@@ -52,7 +52,8 @@ def test_less_noise_scores_higher(name):
     clean, noise = speech_like(), 0.1 * speech_like(seed=1)
     metric = METRICS[name].function
     much, little, none = (metric(clean, clean + g * noise, FS) for g in (10, 1, 0))
-    assert much < little < none
+    top = name in ("csig", "cbak", "covl") and little == 5  # these end at 5
+    assert much < little and (little < none or top)
     assert np.isfinite(none)
 
 
