@@ -103,10 +103,10 @@ def _decode(source: Source) -> tuple[np.ndarray, int]:
             exact = stream.subtype.startswith("PCM")
             samples = stream.read(dtype="int16" if exact else "float32", always_2d=True)
             expected, rate = stream.frames, stream.samplerate
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise source.error(f"damaged: {error}") from error
+    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:  # the last: GSM 6.10
+        raise source.error(f"not readable to its end: {error}") from error
     if len(samples) < expected:
-        raise source.error(f"damaged: ends after {len(samples)} of {expected} samples")
+        raise source.error(f"not readable to its end: {len(samples)} of {expected} samples")
     samples = np.ascontiguousarray(samples.T)
     return samples if exact else _to_int16(samples), rate
 

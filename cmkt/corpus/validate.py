@@ -359,7 +359,10 @@ def _noise_of(tables: dict[str, Table]) -> dict[str, str]:
     for name in dict.fromkeys(itertools.chain(used, files)):
         if name.startswith("babble:"):  # of the set's own speakers
             continue
-        noise.setdefault(f"recording {recording_of(name)}", name)
+        recording = recording_of(name)
+        # Of other corpora the name says nothing: two noise folders may both hold a 1.wav.
+        if name not in files or recording != str(Path(name).with_suffix("")):
+            noise.setdefault(f"recording {recording}", name)
         if name in files:
             noise.setdefault(str(Path(files[name]).resolve()), name)
     return noise
