@@ -124,7 +124,7 @@ def online(work: Path, speech_dir: Path, noise_dir: Path) -> None:
         cmkt("mix", "--data_dir", work / "data", *shared, "--output_dir", folder, *more)
         dirs = ["--train_dir", folder, "--valid_dir", work / "dump/valid"]
         cmkt("train", "--collect_stats", "true", *dirs, "--output_dir", f"{folder}_stats")
-    for turn in range(3):
+    for turn in range(5):
         for kind, times in runs.items():
             folder = work / "dump" / kind.replace(" ", "_")
             output = work / f"exp_{folder.name}_{turn}"

@@ -11,9 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from cmkt.errors import CmktError
+from cmkt.settings import read_mapping
 from cmkt.stage import atomic_file
 
 #: Where the workers of a cluster run: `env` of its YAML and the Dask class that starts them.
@@ -135,14 +134,8 @@ def cluster_client(path: str | Path) -> Iterator:
     Raises:
         CmktError: a wrong YAML, or Dask is not installed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CmktError("no such cluster configuration", path, remedy="see conf/cluster/")
-    try:
-        conf = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise CmktError("not YAML", path) from error
-    if not isinstance(conf, dict) or conf.keys() - {"env", "n_workers", "options"}:
+    conf = read_mapping(path, "cluster configuration", "see conf/cluster/")
+    if conf.keys() - {"env", "n_workers", "options"}:
         raise CmktError("want the keys env, n_workers and options", path)
     if conf.get("env") not in CLUSTERS:
         raise CmktError(f"env {conf.get('env')}: want one of {', '.join(CLUSTERS)}", path)

@@ -1,6 +1,9 @@
 """Small real inputs that several tests share: mixtures of `cmkt mix` and a linguistic store."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +131,18 @@ def write_config(path: Path, config: dict) -> Path:
     """Write a training YAML (JSON is YAML)."""
     path.write_text(yaml.safe_dump(json.loads(json.dumps(config))))
     return path
+
+
+def run_command(cwd: Path, *command) -> subprocess.CompletedProcess:
+    """Run a command of this environment in a folder, and return what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    command = [str(word) for word in command]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def prepare_corpus(recipe: str, cwd: Path, corpus_dir, *more) -> subprocess.CompletedProcess:
+    """Run stage 1 of a recipe as run.sh does, in a folder of its own."""
+    script = REPOSITORY / "egs" / recipe / "local" / "data.sh"
+    options = ["--corpus_dir", corpus_dir, "--data_dir", "data", "--seed", "0", "--nj", "2"]
+    return run_command(cwd, script, *options, *more)

@@ -28,9 +28,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from cmkt.errors import CmktError
+from cmkt.settings import read_mapping
 from cmkt.stage import lock
 
 BLOCK = 1 << 20  # bytes
@@ -81,12 +80,8 @@ def read_archives(table: Path) -> dict[str, Archive]:
     Raises:
         CmktError: no table, or an entry with unknown or missing keys.
     """
-    try:
-        entries = yaml.safe_load(table.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CmktError("not a readable YAML", table) from error
     archives = {}
-    for name, entry in entries.items():
+    for name, entry in read_mapping(table, "table of archives").items():
         try:
             archives[name] = Archive(**entry)
         except TypeError as error:

@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 from cmkt import __version__
-from cmkt.enhance.loading import read_yaml
 from cmkt.errors import CmktError
+from cmkt.settings import read_mapping
 from cmkt.stage import Stage, atomic_file
 
 TRANSFER_PREFIX = "transfer."
@@ -48,7 +48,7 @@ def run(args) -> None:
     if stage.is_done():
         print(f"{output}: up to date")
     else:
-        config = read_yaml(config_file)
+        config = read_mapping(config_file)
         sample_rate = find_sample_rate(config)
         exported = exported_config(config, sample_rate)
         weights = exported_weights(exported, checkpoint)
@@ -206,7 +206,7 @@ def write_card(export: Path, experiment: Path) -> None:
         export: folder with meta.yaml.
         experiment: the training, whose `scores/<set>/summary.json` are quoted if they are there.
     """
-    meta = read_yaml(export / "meta.yaml")
+    meta = read_mapping(export / "meta.yaml")
     llm = meta["llm"]
     llm_line = "none" if meta["transfer"] == "none" else "not recorded"
     if llm:

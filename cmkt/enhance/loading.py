@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from cmkt.errors import CmktError
 from cmkt.espnet_plugin.build import build_enhancement_model
+from cmkt.settings import read_mapping
 
 # Their encoders and decoders scale the STFT with the sampling rate, which they must be told.
 RATE_AWARE = ("BSRNNSeparator", "TFGridNetV3", "USESSeparator")
@@ -36,30 +36,12 @@ def check_export(folder: str | Path) -> dict:
                 folder,
                 remedy=f"give {inner}" if inner.is_dir() else "run stage 6 (cmkt export) again",
             )
-    meta = read_yaml(folder / "meta.yaml")
+    meta = read_mapping(folder / "meta.yaml")
     if not isinstance(meta.get("sample_rate"), int):
         raise CmktError(
             "sample_rate is not set", folder / "meta.yaml", remedy="run stage 6 (cmkt export) again"
         )
     return meta
-
-
-def read_yaml(path: Path) -> dict:
-    """Read a YAML mapping.
-
-    Raises:
-        CmktError: not YAML, or not a mapping; names the line where known.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise CmktError(
-            f"not YAML: {getattr(error, 'problem', error)}", path, mark.line + 1 if mark else None
-        ) from error
-    if not isinstance(content, dict):
-        raise CmktError("not a YAML mapping", path)
-    return content
 
 
 def read_weights(path: Path) -> dict:
@@ -124,7 +106,7 @@ class Enhancer:
     def __init__(self, folder: str | Path, device: str = "cpu"):
         folder = Path(folder)
         self.sample_rate: int = check_export(folder)["sample_rate"]
-        self.model = build_enhancement_model(read_yaml(folder / "config.yaml"))
+        self.model = build_enhancement_model(read_mapping(folder / "config.yaml"))
         load_strictly(self.model, read_weights(folder / "model.pth"), folder / "model.pth")
         if self.model.num_spk != 1:
             raise CmktError(

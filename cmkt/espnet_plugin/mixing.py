@@ -18,12 +18,12 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-import yaml
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.layers.augmentation import effects_dict
 from espnet2.train.preprocessor import EnhPreprocessor
 
 from cmkt.errors import CmktError
+from cmkt.settings import read_mapping
 
 #: Codecs of the effect `codec`: what libsndfile is told to write. Telephone codecs run at 8 kHz.
 CODECS = {
@@ -120,14 +120,7 @@ def read_mixing_config(path: Path) -> dict:
     Raises:
         CmktError: a missing file, no mapping, or a key that ESPnet's preprocessor does not have.
     """
-    if not path.is_file():
-        raise CmktError("no such mixing configuration", path, remedy="see conf/mixing/")
-    try:
-        conf = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise CmktError("not YAML", path) from error
-    if not isinstance(conf, dict):
-        raise CmktError("not a YAML mapping", path)
+    conf = read_mapping(path, "mixing configuration", "see conf/mixing/")
     taken = {"self", "train", "noise_scp", "rir_scp", "sample_rate", "speech_segment"}
     known = (inspect.signature(EnhPreprocessor).parameters.keys() | {"speed"}) - taken
     for key in conf:

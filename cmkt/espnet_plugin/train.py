@@ -24,9 +24,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
-import yaml
-
 from cmkt.errors import CmktError
+from cmkt.settings import read_mapping
 from cmkt.stage import MARKER, Stage
 
 PASS_THROUGH = True
@@ -188,19 +187,7 @@ def _task():
 
 
 def _read_config(path: Path | None) -> dict:
-    if path is None:
-        return {}
-    if not path.exists():
-        raise CmktError("no such training configuration", path, remedy="see conf/")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else None
-        raise CmktError(f"not YAML: {getattr(error, 'problem', error)}", path, line) from error
-    if not isinstance(config, dict):
-        raise CmktError("not a YAML mapping", path)
-    return config
+    return {} if path is None else read_mapping(path, "training configuration", "see conf/")
 
 
 def _pairs(rest: list[str]) -> dict:

@@ -1,14 +1,12 @@
 """Data preparation of egs/an4, run as the recipe runs it."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import prepare_corpus
 
 from cmkt.corpus.audio import read_audio
 from cmkt.corpus.datadir import DataDirectory
@@ -47,17 +45,7 @@ def corpus(tmp_path, request):
 
 
 def prepare(cwd, corpus_dir, *more):
-    environment = {**os.environ}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = [RECIPE / "local" / "data.sh", "--corpus_dir", corpus_dir, "--data_dir", "data"]
-    return subprocess.run(
-        [*map(str, command), "--seed", "0", "--nj", "1", *more],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return prepare_corpus("an4", cwd, corpus_dir, *more)
 
 
 def refused(tmp_path, corpus) -> str:

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import prepare_corpus, run_command
 
 from cmkt.corpus.audio import read_audio
 from cmkt.corpus.datadir import DataDirectory
@@ -112,25 +111,8 @@ def disk(tmp_path):
     return tmp_path / "my disk" / "语料"
 
 
-def run(cwd, *command):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def prepare(recipe, cwd, corpus_dir, *more):
-    command = [EGS / recipe / "local" / "data.sh", "--corpus_dir", corpus_dir, "--data_dir", "data"]
-    return run(cwd, *command, "--seed", "0", "--nj", "1", *more)
-
-
 def prepared(recipe, cwd, corpus_dir, *more):
-    done = prepare(recipe, cwd, corpus_dir, *more)
+    done = prepare_corpus(recipe, cwd, corpus_dir, *more)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (cwd / "data").iterdir()) == ["test", "train", "valid"]
     return {name: DataDirectory.read(cwd / "data" / name) for name in ("train", "valid", "test")}
@@ -138,7 +120,7 @@ def prepared(recipe, cwd, corpus_dir, *more):
 
 def refused(recipe, cwd, corpus_dir, *more):
     """Return the one-line error of a run that has written nothing."""
-    done = prepare(recipe, cwd, corpus_dir, *more)
+    done = prepare_corpus(recipe, cwd, corpus_dir, *more)
     assert done.returncode == 1, done.stdout + done.stderr
     assert not (cwd / "data").exists()
     first, *tree = done.stderr.splitlines()
@@ -203,13 +185,13 @@ def test_unpacked_downloads_are_found_without_a_network(recipe, tmp_path, disk):
 def test_stage_1_with_the_check_of_the_data(recipe, tmp_path, disk):
     root = MAKERS[recipe](disk)
     options = ["--corpus_dir", root, "--data_dir", tmp_path / "data", "--nj", "1"]
-    done = run(tmp_path, EGS / recipe / "run.sh", *options, "--stop_stage", "1")
+    done = run_command(tmp_path, EGS / recipe / "run.sh", *options, "--stop_stage", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "data" / "validation" / "report.txt").exists()
 
 
 def test_voicebank_demand_is_scored_as_papers_do(tmp_path):
-    done = run(tmp_path, EGS / "voicebank_demand" / "run.sh", "--dry_run")
+    done = run_command(tmp_path, EGS / "voicebank_demand" / "run.sh", "--dry_run")
     assert "--metrics pesq,csig,cbak,covl,segsnr,stoi" in done.stdout
 
 
@@ -221,7 +203,7 @@ def test_aishell1_sets_speakers_and_texts(tmp_path, disk):
     }  # fmt: skip
     assert len(data["train"].wav) == 4 and "BAC009S0002W0122" not in data["train"].text
     assert data["train"].text["BAC009S0002W0121"] == "而 对 楼市"
-    notes = prepare("aishell1", tmp_path, root).stdout
+    notes = prepare_corpus("aishell1", tmp_path, root).stdout
     assert "train has 2 of AISHELL-1's 340 speakers" in notes
     assert "1 transcripts without audio" in notes
 

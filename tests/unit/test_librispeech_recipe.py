@@ -1,13 +1,11 @@
 """Data preparation of egs/librispeech, run as the recipe runs it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import prepare_corpus
 
 from cmkt.corpus.datadir import DataDirectory
 
@@ -30,17 +28,7 @@ def corpus(tmp_path):
 
 
 def prepare(cwd, corpus_dir, *more):
-    environment = {**os.environ}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = [RECIPE / "local" / "data.sh", "--corpus_dir", corpus_dir, "--data_dir", "data"]
-    return subprocess.run(
-        [*map(str, command), "--seed", "0", "--nj", "2", *more],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return prepare_corpus("librispeech", cwd, corpus_dir, *more)
 
 
 def test_sets_hold_all_utterances_and_the_transcripts_there_are(tmp_path, corpus):

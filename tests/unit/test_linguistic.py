@@ -489,7 +489,7 @@ def test_bad_cluster_yaml(tmp_path, decoder, capsys, yaml_text, reason):
     path.write_text(yaml_text)
     text = write_text(tmp_path / "text")
     assert embed(text, tmp_path / "store", decoder, "--cluster", str(path)) == 1
-    assert f"{path}: " in (error := capsys.readouterr().err) and reason in error
+    assert f"{path}:" in (error := capsys.readouterr().err) and reason in error
 
 
 def test_statistics_are_those_of_all_rows(tmp_path, decoder):
