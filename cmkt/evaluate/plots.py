@@ -1,5 +1,6 @@
 """The figures of the report, written as PNG."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,21 @@ import numpy as np
 from cmkt.evaluate.history import History
 from cmkt.stage import atomic_file
 
+# Matplotlib's own font has no Chinese; the first of these that is installed helps out.
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
+                 "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "SimHei")  # fmt: skip
+
 
 def _figure(columns: int, width: float, height: float):
     # Figures of their own, not pyplot's, need no display and no closing.
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager
 
+    installed = {font.name for font in fontManager.ttflist}
+    chinese = [name for name in CHINESE_FONTS if name in installed]
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", *chinese[:1]]
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
@@ -21,7 +31,8 @@ def _figure(columns: int, width: float, height: float):
 def _save(figure, path: Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path, "wb") as stream:
+    with atomic_file(path, "wb") as stream, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # boxes tell it well enough
         # No version of matplotlib in the file: the same numbers give the same bytes.
         figure.savefig(stream, format="png", dpi=100, metadata={"Software": None})
 
