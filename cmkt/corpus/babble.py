@@ -28,15 +28,33 @@ class Babble:
     talkers: tuple[int, int]
     share: float
 
-    def check(self, where: object) -> None:
-        """Refuse a data directory with too few speakers."""
-        if len(self.utterances) <= self.talkers[0]:
+    @classmethod
+    def of(
+        cls, speakers: dict[str, str], sources: list[Source], talkers: tuple[int, int], share: float
+    ) -> "Babble":
+        """Gather the utterances of each speaker.
+
+        Args:
+            speakers: of each utterance, utt2spk.
+            sources: the utterances.
+            talkers: see the class, as `share`.
+
+        Raises:
+            CmktError: too few speakers, or numbers of talkers that cannot be.
+        """
+        if not 1 <= talkers[0] <= talkers[1]:
+            raise CmktError("--babble_talkers: want FEWEST MOST, from 1 on")
+        utterances: dict[str, list[Source]] = {}
+        for source in sources:
+            utterances.setdefault(speakers[source.name], []).append(source)
+        if len(utterances) <= talkers[0]:
             raise CmktError(
-                f"babble of {self.talkers[0]} talkers and the speaker make more speakers than "
-                f"the {len(self.utterances)} there are",
-                where,
+                f"babble of {talkers[0]} talkers and the speaker make more speakers than "
+                f"the {len(utterances)} there are",
+                sources[0].file,
                 remedy="lower --babble_talkers or set --babble_share 0",
             )
+        return cls(utterances, talkers, share)
 
     def draw(
         self, rng: np.random.Generator, speaker: str, length: int, fs: int, channel: int
@@ -65,13 +83,17 @@ class Babble:
     @staticmethod
     def _monologue(rng, sources: list[Source], length: int, fs: int, channel: int) -> np.ndarray:
         """Let one speaker say one utterance after the other, beginning anywhere."""
-        pieces, missing = [], length
+        pieces, missing = [np.zeros(0)], length
         for index in rng.permutation(len(sources)):
-            samples, rate = sources[index].read(channel)
+            try:
+                samples, rate = sources[index].read(channel)
+            except CmktError:  # named where it is to be mixed itself
+                continue
             if rate != fs:
                 samples = soxr.resample(samples, rate, fs)
             pieces.append(samples)
             missing -= len(samples)
             if missing <= 0:
                 break
-        return fit_length(np.concatenate(pieces), length, fs, rng.random())
+        said = np.concatenate(pieces)
+        return fit_length(said, length, fs, rng.random()) if len(said) else np.zeros(length)

@@ -128,8 +128,6 @@ def mix(
     for name, value, least in (("--fs", fs, 1), ("--nj", nj, 1), ("--channel", channel, 0)):
         if value < least:
             raise CmktError(f"{name} {value}: want at least {least}")
-    if not 1 <= babble_talkers[0] <= babble_talkers[1]:
-        raise CmktError("--babble_talkers: want FEWEST MOST, from 1 on")
     data = DataDirectory.read(data_dir, allow_pipes)
     paired = data.spk1 is not None
     if paired and online:
@@ -152,13 +150,6 @@ def mix(
             _sources(data.wav, data_dir / "wav.scp"), references, strict=True
         )
     ]
-    babble = None
-    if not paired and babble_share:
-        utterances: dict[str, list[Source]] = {}
-        for item in items:
-            utterances.setdefault(item.speaker, []).append(item.source)
-        babble = Babble(utterances, tuple(babble_talkers), babble_share)
-        babble.check(data_dir)
     extra_names = [n for n in ("utt2snr", "utt2noise") if paired and (data_dir / n).exists()]
     tables = ("wav.scp", "spk1.scp", "utt2spk", "text", MARKER, *extra_names)
     speech = [Path(path) for table in (data.wav, data.spk1 or {}) for path in table.values()]
@@ -171,7 +162,7 @@ def mix(
     }
     if not paired:
         options |= {"online": True} if online else {"snr": snr, "seed": seed}
-        if babble:
+        if babble_share:
             options["babble"] = [babble_share, *babble_talkers]
         if rooms:
             options["rooms"] = [_sizes(rooms.files.values()), rooms.share, rooms.reference]
@@ -183,6 +174,10 @@ def mix(
     bad = _check_audio(items, noise_sources, nj)
     items = [i for i in items if not {i.source.name} & bad.keys()]
     noise = {name: path for name, path in noise.items() if name not in bad}
+    babble = None
+    if babble_share and not paired:
+        sources = [item.source for item in items]
+        babble = Babble.of(data.utt2spk, sources, tuple(babble_talkers), babble_share)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with stage.working_directory() as work:
         if online:

@@ -123,6 +123,21 @@ def test_babble_needs_speakers(corpus, tmp_path):
         mix(corpus, tmp_path / "out", None, nj=1, babble_share=1, babble_talkers=(4, 5))
 
 
+def test_babble_does_without_the_unreadable(corpus, tmp_path):
+    wav, speakers = {}, {}
+    audio, _ = soundfile.read(corpus / "a0.wav")
+    (tmp_path / "many").mkdir()
+    for number in range(120):
+        name = f"s{number % 3}-{number:03d}"
+        wav[name], speakers[name] = str(tmp_path / "many" / f"{name}.wav"), f"s{number % 3}"
+        soundfile.write(wav[name], audio[:3200], RATE)
+    (tmp_path / "many" / "s0-003.wav").write_bytes(b"RIFF")
+    DataDirectory(wav, speakers).write(tmp_path / "many")
+    mix(tmp_path / "many", tmp_path / "out", None, nj=1, babble_share=1, babble_talkers=(2, 2))
+    assert list(read_table(tmp_path / "out" / "skipped")) == ["s0-003"]
+    assert len(read_table(tmp_path / "out" / "utt2noise")) == 119
+
+
 def test_noise_among_the_speech_is_refused(corpus, tmp_path):
     table = (corpus / "wav.scp").read_text()
     (corpus / "wav.scp").write_text(table + f"e0 {corpus}/noise/n 1.wav\n")

@@ -119,6 +119,15 @@ def test_the_reference_in_a_room_keeps_the_early_part_only(online):
     assert np.abs(response).argmax() <= 0.002 * RATE
 
 
+@pytest.mark.parametrize("path", sorted(ALL.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configuration_that_comes_with_cmkt_works(online, path):
+    preprocess = build(online, **read_mixing_config(path))
+    for utterance in range(1, 6):
+        mixture, reference, _ = draw(preprocess, online, f"u{utterance}")
+        assert mixture.shape == reference.shape and np.isfinite(mixture).all()
+        assert not np.array_equal(mixture, reference)
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_codec_keeps_length_and_likeness(name):
     wave = torch.from_numpy(speech_like(np.random.default_rng(0), 1.0))
