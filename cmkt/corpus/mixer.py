@@ -158,7 +158,9 @@ class Mixer:
             # A generator of its own: the other draws are the same with and without babble.
             own = self._generator("babble", item.source.name)
             if own.random() < self.babble.share:
-                return self.babble.draw(own, item.speaker, length, self.fs, self.channel)
+                name, noise = self.babble.draw(own, item.speaker, length, self.fs, self.channel)
+                if not is_silent(noise, self.fs):
+                    return name, noise
         names = list(self.noise)
         for index in rng.permutation(len(names)):
             name, position = names[index], rng.random()
