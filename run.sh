@@ -53,7 +53,7 @@ if doing 1 "$skip_data_prep"; then
         ${lang:+--lang "$lang"} ${download_dir:+--download_dir "$download_dir"} $data_args
     # shellcheck disable=SC2046,SC2086
     run cmkt validate $(for set in $train_set $valid_set $test_sets; do echo "$data_dir/$set"; done) \
-        ${lang:+--lang "$lang"} --nj "$nj" --output_dir "$data_dir/validation" $validate_args
+        ${lang:+--lang "$lang"} --nj "$nj" --output_dir "$data_dir/validate" $validate_args
 fi
 if doing 2 "$skip_data_prep"; then
     begin 2 mix

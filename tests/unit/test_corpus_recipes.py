@@ -187,7 +187,7 @@ def test_stage_1_with_the_check_of_the_data(recipe, tmp_path, disk):
     options = ["--corpus_dir", root, "--data_dir", tmp_path / "data", "--nj", "1"]
     done = run_command(tmp_path, EGS / recipe / "run.sh", *options, "--stop_stage", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "data" / "validation" / "report.txt").exists()
+    assert (tmp_path / "data" / "validate" / "report.txt").exists()
 
 
 def test_voicebank_demand_is_scored_as_papers_do(tmp_path):
