@@ -29,6 +29,7 @@ for a training that mixes them anew in each epoch (docs/data.md).
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,15 @@ def _sources(table: dict[str, str], path: Path) -> list[Source]:
     return [
         Source(key, value, str(path), line) for line, (key, value) in enumerate(table.items(), 1)
     ]
+
+
+def _items(data: DataDirectory, folder: Path) -> list[Item]:
+    sources = _sources(data.wav, folder / "wav.scp")
+    references: list = [None] * len(sources)
+    if data.spk1 is not None:
+        references = _sources(data.spk1, folder / "spk1.scp")
+    pairs = zip(sources, references, strict=True)
+    return [Item(source, reference, data.utt2spk[source.name]) for source, reference in pairs]
 
 
 def _examine(source: Source) -> tuple[tuple[int, int] | None, str]:
@@ -96,7 +106,8 @@ def _share(name: str, value: float) -> float:
 
 
 def _sizes(files: Iterable[Path]) -> str:
-    sizes = [[str(path), path.stat().st_size if path.is_file() else None] for path in files]
+    # `os.path` takes a pipe for a file that is not there, however long it is.
+    sizes = [[str(f), os.path.getsize(f) if os.path.isfile(f) else None] for f in files]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
@@ -141,15 +152,7 @@ def mix(
         if rir_dir:
             files = list_audio(rir_dir, noise_split, "impulse response")
             rooms = Rooms(files, _share("--rir_share", rir_share), rir_reference)
-    references: list = [None] * len(data.wav)
-    if paired:
-        references = _sources(data.spk1, data_dir / "spk1.scp")
-    items = [
-        Item(source, reference, data.utt2spk[source.name])
-        for source, reference in zip(
-            _sources(data.wav, data_dir / "wav.scp"), references, strict=True
-        )
-    ]
+    items = _items(data, data_dir)
     extra_names = [n for n in ("utt2snr", "utt2noise") if paired and (data_dir / n).exists()]
     tables = ("wav.scp", "spk1.scp", "utt2spk", "text", MARKER, *extra_names)
     speech = [Path(path) for table in (data.wav, data.spk1 or {}) for path in table.values()]
