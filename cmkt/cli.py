@@ -5,12 +5,11 @@ A verb's module offers `add_arguments(parser)` and `run(args)`. Verbs whose modu
 """
 
 import argparse
-import errno
 import importlib
 import sys
 
 from cmkt import __version__
-from cmkt.errors import CmktError
+from cmkt.errors import run_command
 
 VERBS = {
     "new-recipe": ("cmkt.corpus.new_recipe", "write a recipe skeleton for a corpus"),
@@ -77,29 +76,11 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    try:
-        if getattr(module, "PASS_THROUGH", False):
-            args, unknown = parser.parse_known_args(rest)
-            module.run(args, unknown)
-        else:
-            module.run(parser.parse_args(rest))
-    except CmktError as error:
-        print(f"cmkt {verb}: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        where = error.filename or "the output folder"
-        print(
-            f"cmkt {verb}: error: {where}: no space left on the device "
-            "(free some and run the same command again)",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print(f"cmkt {verb}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    if getattr(module, "PASS_THROUGH", False):
+        parsed = parser.parse_known_args(rest)
+    else:
+        parsed = (parser.parse_args(rest),)
+    return run_command(f"cmkt {verb}", lambda: module.run(*parsed))
 
 
 if __name__ == "__main__":

@@ -101,9 +101,11 @@ def _decode(source: Source) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(source.value) as stream:
             # Compressed and floating-point audio may exceed full scale, which int16 would wrap.
             exact = stream.subtype.startswith("PCM")
-            samples = stream.read(dtype="int16" if exact else "float32", always_2d=True)
             expected, rate = stream.frames, stream.samplerate
-    except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:  # the last: GSM 6.10
+            # The number is given because files that cannot seek (GSM 6.10) want it.
+            kind = "int16" if exact else "float32"
+            samples = stream.read(expected, dtype=kind, always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
         raise source.error(f"not readable to its end: {error}") from error
     if len(samples) < expected:
         raise source.error(f"not readable to its end: {len(samples)} of {expected} samples")

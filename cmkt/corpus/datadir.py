@@ -12,11 +12,12 @@ from cmkt.errors import CmktError
 from cmkt.stage import atomic_file
 
 
-def read_table(path: str | Path) -> dict[str, str]:
+def read_table(path: str | Path, lenient: bool = False) -> dict[str, str]:
     """Read a Kaldi table: an id and a value on each line.
 
     Args:
         path: for example `data/train/wav.scp`.
+        lenient: take lines in any order and ids without a value, as other recipes write them.
 
     Returns:
         {id: rest of the line}, in the file's order.
@@ -38,6 +39,8 @@ def read_table(path: str | Path) -> dict[str, str]:
                 raise CmktError(
                     "not UTF-8 text", path, number, "convert it, for example with iconv"
                 ) from error
+            if lenient and len(words) == 1:
+                words.append("")
             if len(words) < 2:
                 raise CmktError(
                     f"an id without a value: {words[0]!r}" if words else "an empty line",
@@ -49,7 +52,7 @@ def read_table(path: str | Path) -> dict[str, str]:
             if key in table:
                 raise CmktError(f"id {key} comes twice", path, number, "remove one of the two")
             # Comparing code points equals comparing UTF-8 bytes, which is `LC_ALL=C sort`.
-            if key < last:
+            if key < last and not lenient:
                 raise CmktError(
                     f"not sorted: {key} comes after {last}",
                     path,

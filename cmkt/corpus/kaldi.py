@@ -21,7 +21,7 @@ from pathlib import Path
 
 import soundfile
 
-from cmkt.corpus.datadir import DataDirectory
+from cmkt.corpus.datadir import DataDirectory, read_table
 from cmkt.corpus.noise import SPLIT_FOLDERS
 from cmkt.corpus.recipe import Corpus, NoCorpus, Segment, run_recipe
 from cmkt.corpus.split import split_off
@@ -44,27 +44,9 @@ TABLES = ("utt2snr", "utt2noise")  # of pairs; the report tells scores apart by 
 
 
 def read_lines(path: Path) -> dict[str, tuple[str, int]]:
-    """Read a Kaldi table in any order: {id: (rest of the line, line number)}.
-
-    Raises:
-        CmktError: no such file, not UTF-8, an empty line, or an id that comes twice.
-    """
-    if not path.is_file():
-        raise CmktError("no such file", path)
-    table: dict[str, tuple[str, int]] = {}
-    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            words = raw.decode("utf-8").split(maxsplit=1)
-        except UnicodeDecodeError as error:
-            raise CmktError("not UTF-8 text", path, number, "convert it with iconv") from error
-        if not words:
-            raise CmktError("an empty line", path, number, "remove it")
-        key, value = words[0], words[1].strip() if len(words) > 1 else ""
-        if key in table:
-            what = f"id {key} comes twice, first in line {table[key][1]}"
-            raise CmktError(what, path, number, "remove one of the two")
-        table[key] = (value, number)
-    return table
+    """Read a Kaldi table in any order: {id: (rest of the line, line number)}."""
+    table = read_table(path, lenient=True)
+    return {key: (value, number) for number, (key, value) in enumerate(table.items(), 1)}
 
 
 def piped_file(command: str) -> str | None:

@@ -5,11 +5,9 @@ options, download, search for the folder, errors and restarting are the same for
 """
 
 import argparse
-import errno
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import soundfile
 
 from cmkt.corpus.datadir import DataDirectory
-from cmkt.errors import CmktError
+from cmkt.errors import CmktError, run_command
 from cmkt.parallel import parallel_map
 from cmkt.stage import Stage, atomic_file
 
@@ -124,25 +122,21 @@ def run_recipe(
     parser.add_argument("--nj", type=int, default=2, help="parallel jobs (default %(default)s)")
     add_arguments(parser)
     args = parser.parse_args()
-    try:
-        corpus_dir = args.corpus_dir
-        if args.download_dir:
-            corpus_dir = _download(corpus, needed(args), args.download_dir)
-        sets = read_sets(find_root(corpus_dir, corpus), args)
-        _check_sets(sets, corpus)
+
+    def prepare() -> None:
+        try:
+            corpus_dir = args.corpus_dir
+            if args.download_dir:
+                corpus_dir = _download(corpus, needed(args), args.download_dir)
+            sets = read_sets(find_root(corpus_dir, corpus), args)
+            _check_sets(sets, corpus)
+        except NoCorpus as error:
+            error.more = f"{corpus.name}: {corpus.source}. Expected:\n{corpus.tree}"
+            raise
         for name, data in sets.items():
             write_set(args.data_dir / name, data, args.nj)
-    except CmktError as error:
-        print(f"local/data.sh: error: {error}", file=sys.stderr)
-        if isinstance(error, NoCorpus):
-            print(f"{corpus.name}: {corpus.source}. Expected:\n{corpus.tree}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"local/data.sh: error: no space left for {args.data_dir}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_command("local/data.sh", prepare)
 
 
 def _download(corpus: Corpus, names: list[str], folder: str) -> str:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import scipy.signal
 
 from cmkt.corpus.audio import read_audio
 from cmkt.corpus.level import active_power
@@ -47,10 +46,12 @@ def reverberate(
         the reverberant speech and its reference, each (N,), scaled by one factor so that the
         reference keeps the active level of the dry speech.
     """
-    wet = scipy.signal.fftconvolve(speech, response)[: len(speech)]
+    from scipy.signal import fftconvolve  # takes a second, and few mixtures are in rooms
+
+    wet = fftconvolve(speech, response)[: len(speech)]
     target = wet
     if reference == "early":
         early = response[: round((ONSET + EARLY) * fs)]
-        target = scipy.signal.fftconvolve(speech, early)[: len(speech)]
+        target = fftconvolve(speech, early)[: len(speech)]
     gain = np.sqrt(active_power(speech, fs) / max(active_power(target, fs), 1e-20))
     return wet * gain, target * gain

@@ -121,6 +121,8 @@ def read_mixing_config(path: Path) -> dict:
         CmktError: a missing file, no mapping, or a key that ESPnet's preprocessor does not have.
     """
     conf = read_mapping(path, "mixing configuration", "see conf/mixing/")
+    if not conf:
+        raise CmktError("no settings", path, remedy="see conf/mixing/")
     taken = {"self", "train", "noise_scp", "rir_scp", "sample_rate", "speech_segment"}
     known = (inspect.signature(EnhPreprocessor).parameters.keys() | {"speed"}) - taken
     for key in conf:

@@ -123,6 +123,12 @@ def test_help_imports_nothing_heavy():
     assert "'torch'" not in done.stdout and "'numpy'" not in done.stdout
 
 
+def test_mixing_starts_without_what_few_mixtures_need():
+    code = "import sys, cmkt.corpus.mix; print('scipy.signal' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
 def test_documented_commands_parse():
     """Each `cmkt` and `run.sh` line of the documents uses known verbs and options."""
     helps = {}

@@ -141,7 +141,8 @@ def test_codec_keeps_length_and_likeness(name):
 
 @pytest.mark.parametrize(
     "text, what",
-    [("nois_db_range: 0_5", "unknown key nois_db_range"), ("- 1", "not a YAML mapping"),
+    [("{}", "no settings"), ("- 1", "not a YAML mapping"),
+     ("nois_db_range: 0_5", "unknown key nois_db_range"),
      ("data_aug_effects: [[1.0, codecs, {}]]", "unknown effect codecs"),
      ("noise_scp: x", "unknown key noise_scp")],
 )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -439,9 +438,15 @@ def test_number_of_jobs_does_not_matter(tmp_path, capsys):
     assert validate(capsys, *folders)[1] == validate(capsys, *folders, "--nj", "3")[1]
 
 
+def test_compressed_wav_that_cannot_seek_is_read(tmp_path, capsys):
+    data = make(tmp_path / "train")
+    path = list(data.wav.values())[0]
+    samples, rate = soundfile.read(path)
+    soundfile.write(path, samples, rate, format="WAV", subtype="GSM610")
+    assert validate(capsys, tmp_path / "train")[::2] == (0, {})
+
+
 def test_pipes_are_run_only_if_allowed(tmp_path, capsys):
-    if not shutil.which("cat"):
-        pytest.skip("no cat")
     data = make(tmp_path / "train")
     command = f"touch {tmp_path}/ran; cat '{list(data.wav.values())[0]}' |"
     edit(tmp_path / "train" / "wav.scp", lambda ls: [f"{ls[0].split()[0]} {command}", *ls[1:]])

@@ -7,7 +7,6 @@ samples, whatever --nj.
 """
 
 import argparse
-import errno
 import hashlib
 import importlib.metadata
 import io
@@ -24,7 +23,7 @@ from voices import speakers
 
 from cmkt.corpus.datadir import DataDirectory
 from cmkt.corpus.noise import fit_length
-from cmkt.errors import CmktError
+from cmkt.errors import CmktError, run_command
 from cmkt.parallel import parallel_map
 from cmkt.stage import Stage, atomic_file
 
@@ -193,21 +192,7 @@ def main() -> int:
     """Run the command line; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments()
-    try:
-        make_corpus(args)
-    except CmktError as error:
-        print(f"local/data.sh: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(
-            f"local/data.sh: error: {args.data_dir}: no space left on the device "
-            "(free some and run the same command again)",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return run_command("local/data.sh", lambda: make_corpus(args))
 
 
 if __name__ == "__main__":
