@@ -23,7 +23,13 @@ VERBS = {
     "lm-train": ("cmkt.linguistic.lm_train", "train a small language model on text (stage 3)"),
     "embed": ("cmkt.linguistic.embed", "turn transcripts into language-model features (stage 3)"),
     "inspect-store": ("cmkt.linguistic.inspect", "look at language-model features"),
+    "train-recogniser": (
+        "cmkt.espnet_plugin.train_recogniser",
+        "train the recogniser of the mimic loss (stage 4)",
+    ),
     "train": ("cmkt.espnet_plugin.train", "collect statistics and train (stages 4 and 5)"),
+    "info": ("cmkt.espnet_plugin.info", "parameters and operations of a model"),
+    "diagnose": ("cmkt.espnet_plugin.diagnose", "measure what a training learnt of the text"),
     "export": ("cmkt.enhance.export", "write a plain ESPnet model, no text side (stage 6)"),
     "enhance": ("cmkt.enhance.enhance", "enhance files, folders or a wav.scp (stage 7)"),
     "score": ("cmkt.evaluate.score", "PESQ, STOI, ESTOI, SI-SNR, SNR (stage 8)"),
@@ -33,7 +39,7 @@ VERBS = {
 
 def usage() -> str:
     """Return the text of `cmkt --help`."""
-    lines = [f"  {verb:<15}{summary}" for verb, (_, summary) in VERBS.items()]
+    lines = [f"  {verb:<18}{summary}" for verb, (_, summary) in VERBS.items()]
     return "\n".join(
         [
             "usage: cmkt <verb> [options]",

@@ -15,6 +15,7 @@ from cmkt.settings import read_mapping
 from cmkt.stage import Stage, atomic_file
 
 TRANSFER_PREFIX = "transfer."
+FEEDBACK_PREFIX = "cmkt_"  # of the separator of an export with a feedback adapter
 DEFAULT_CHECKPOINTS = ("valid.loss_se.ave.pth", "valid.loss_se.best.pth")
 # What the model is built from. The rest of a training's config.yaml is how and on what it was
 # trained, with paths that exist on one machine.
@@ -110,7 +111,14 @@ def exported_config(config: dict, sample_rate: int) -> dict:
     """
     kept = {key: config[key] for key in CONFIG_KEYS if key in config}
     # Initialisation is overwritten by the weights; some of ESPnet's kinds come and go.
-    return {**kept, "init": None, "sample_rate": sample_rate}
+    kept |= {"init": None, "sample_rate": sample_rate}
+    conf = config.get("transfer_conf") or {}
+    if config.get("transfer") == "cmkt" and conf.get("feedback") is not None:
+        # The one thing of ours that stays in the model. Stock ESPnet would load the rest and leave
+        # it out without a word, so the separator gets a name that stock ESPnet refuses.
+        kept["feedback"] = {"tap": conf.get("tap", "auto"), **conf["feedback"]}
+        kept["separator"] = f"{FEEDBACK_PREFIX}{config['separator']}"
+    return kept
 
 
 def exported_weights(config: dict, checkpoint: Path) -> dict:
@@ -224,6 +232,13 @@ def write_card(export: Path, experiment: Path) -> None:
         "versions": ", ".join(f"{key} {value}" for key, value in meta["versions"].items()),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    stock = f"""or with stock ESPnet, in Python:
+
+    from espnet2.bin.enh_inference import SeparateSpeech
+    enhance = SeparateSpeech("{export.name}/config.yaml", "{export.name}/model.pth")
+    enhanced = enhance(noisy[None], fs={meta["sample_rate"]})[0][0]  # noisy: (samples,) float32"""
+    if (meta["transfer_conf"] or {}).get("feedback") is not None:
+        stock = "It holds a feedback adapter, which stock ESPnet does not know: it needs `cmkt`."
     card = f"""# {meta["name"]}
 
 A speech enhancement model. It takes noisy speech and needs no text and no language model.
@@ -236,11 +251,7 @@ A speech enhancement model. It takes noisy speech and needs no text and no langu
 
     cmkt enhance {export.name} noisy.wav -o enhanced
 
-or with stock ESPnet, in Python:
-
-    from espnet2.bin.enh_inference import SeparateSpeech
-    enhance = SeparateSpeech("{export.name}/config.yaml", "{export.name}/model.pth")
-    enhanced = enhance(noisy[None], fs={meta["sample_rate"]})[0][0]  # noisy: (samples,) float32
+{stock}
 
 ## Scores
 

@@ -75,7 +75,8 @@ def build_enhancement_model(config: dict):
 
     Args:
         config: config.yaml of an experiment or an export; read are `encoder`, `separator`,
-            `decoder`, their `*_conf`, and `model_conf`.
+            `decoder`, their `*_conf`, `model_conf`, and `feedback` of an export that has a
+            feedback adapter.
 
     Returns:
         an `ESPnetEnhancementModel` with random weights and no loss: it can enhance, not train.
@@ -88,6 +89,8 @@ def build_enhancement_model(config: dict):
 
     if config.get("diffusion_model") is not None:
         raise CmktError("diffusion models cannot be built", remedy="train one with a separator")
+    if config.get("feedback"):
+        config = {**config, "separator": config["separator"].removeprefix("cmkt_")}
     tables = {"encoder": ENCODERS, "separator": SEPARATORS, "decoder": DECODERS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about ESPnet's own code
@@ -98,6 +101,8 @@ def build_enhancement_model(config: dict):
     try:
         encoder = classes[0](**confs[0])
         separator = classes[1](encoder.output_dim, **confs[1])
+        if config.get("feedback"):
+            _add_feedback(encoder, separator, config)
         decoder = classes[2](**confs[2])
         return ESPnetEnhancementModel(
             encoder=encoder,
@@ -119,6 +124,16 @@ def build_enhancement_model(config: dict):
             f"the model cannot be built: {error}",
             remedy="the configuration may come from another version of ESPnet",
         ) from error
+
+
+def _add_feedback(encoder, separator, config: dict) -> None:
+    """Put the feedback adapter where it was in training (the key `feedback` of an export)."""
+    from cmkt.espnet_plugin.taps import attach_feedback, find_taps, prepare_separator
+
+    conf = dict(config["feedback"])
+    taps = find_taps(config["separator"], conf.pop("tap"))
+    prepare_separator(separator, taps)
+    attach_feedback(encoder, separator, taps[0], conf)
 
 
 def load_training_model(experiment: str | Path):

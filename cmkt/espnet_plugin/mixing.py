@@ -9,7 +9,7 @@ lacks: a change of speed of the clean speech, and a codec among the distortions.
 import inspect
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -171,12 +171,17 @@ class SortedCollate:
 
 
 class EpochIterFactory(AbsIterFactory):
-    """Tells the preprocessor of the training data which epoch begins, then lets ESPnet iterate."""
+    """Tells someone which epoch begins, then lets ESPnet iterate.
 
-    def __init__(self, factory):
-        self.factory = factory
+    Args:
+        factory: ESPnet's.
+        begin: called with the epoch's number, from 1 on.
+    """
+
+    def __init__(self, factory: AbsIterFactory, begin: Callable[[int], None]):
+        self.factory, self.begin = factory, begin
 
     def build_iter(self, epoch: int, shuffle: bool | None = None):
         """Return ESPnet's iterator of one epoch."""
-        self.factory.dataset.preprocess.epoch = epoch
+        self.begin(epoch)
         return self.factory.build_iter(epoch, shuffle)

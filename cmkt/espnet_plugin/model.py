@@ -1,19 +1,31 @@
 """An ESPnet enhancement model with cross-modality transfer in training.
 
-The enhancement part keeps its class, its parameter names and its initialisation; all that is
-ours lies under the prefix `transfer.`, which the export drops.
+The enhancement part keeps its class, its parameter names and its initialisation; all that only
+training needs lies under the prefix `transfer.`, which the export drops.
 """
+
+from collections.abc import Sequence
 
 import torch
 from espnet2.enh.espnet_model import ESPnetEnhancementModel
 from espnet2.torch_utils.device_funcs import force_gatherable
 
 from cmkt.errors import CmktError
-from cmkt.espnet_plugin.taps import Tap, find_tap, listen, tap_width
+from cmkt.espnet_plugin.taps import (
+    FEEDBACK_TAPS,
+    Tap,
+    attach_feedback,
+    find_taps,
+    listen,
+    prepare_separator,
+    tap_width,
+)
 from cmkt.transfer import CrossModalTransfer
+from cmkt.transfer.alpha import build_alpha
+from cmkt.transfer.settings import unknown_key
 
-CONF_KEYS = ("tap", "alpha", "reduction", "standardise", "pca", "alignment", "misalignment",
-             "linguistic_dim")  # fmt: skip
+CONF_KEYS = ("tap", "feedback", "alpha", "loss", "reduction", "standardise", "pca", "alignment",
+             "misalignment", "linguistic_dim", "vocabulary")  # fmt: skip
 
 
 class TransferEnhancementModel(ESPnetEnhancementModel):
@@ -21,14 +33,22 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
 
     Args:
         transfer: alignment, misalignment and loss; None trains the enhancement model alone.
-        tap: where the acoustic sequence is taken from the separator.
+        taps: what the alignment listens to.
+        stream: places whose gradients are compared: the taps, or what the adapter is added to.
         **parts: the arguments of `ESPnetEnhancementModel`.
     """
 
-    def __init__(self, transfer: CrossModalTransfer | None, tap: Tap | None, **parts):
+    def __init__(
+        self,
+        transfer: CrossModalTransfer | None = None,
+        taps: Sequence[Tap] = (),
+        stream: Sequence[Tap] = (),
+        **parts,
+    ):
         super().__init__(**parts)
         self.transfer = transfer
-        self.tap = tap
+        self.taps, self.stream = tuple(taps), tuple(stream)
+        self.compare_gradients()
 
     def forward(
         self,
@@ -36,6 +56,8 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
         speech_mix_lengths: torch.Tensor | None = None,
         linguistic: torch.Tensor | None = None,
         linguistic_lengths: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+        token_ids_lengths: torch.Tensor | None = None,
         **kwargs,
     ):
         """Compute the loss of one batch.
@@ -45,49 +67,98 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
             speech_mix_lengths: (B,) valid samples.
             linguistic: (B, T_t, D_t) token embeddings; a row of zeros means "no transcript".
             linguistic_lengths: (B,) valid tokens.
+            token_ids: (B, T_t) which token each is.
+            token_ids_lengths: (B,), equals `linguistic_lengths`.
             **kwargs: `speech_ref1` (B, N) and the rest that ESPnet's model takes.
 
         Returns:
-            loss (1,), statistics (`loss_se`, `loss_cma`, and in evaluation `cos_matched`,
-            `cos_mismatched`, `transfer_gap`), weight (1,).
+            loss (1,), statistics (`loss_se`, `loss_cma` and its parts, and in evaluation those
+            of `CrossModalTransfer.diagnostics`; `gradient_share` once a validation), weight (1,).
         """
         if self.transfer is None or linguistic is None:
             loss, stats, weight = super().forward(speech_mix, speech_mix_lengths, **kwargs)
-            stats["loss_se"] = stats["loss"]
+            stats["loss_se"] = self.enhancement_loss(loss, stats).detach()
             return loss, stats, weight
-        with listen(self.separator, self.tap) as heard:
+        if self.training:
+            self.compare_gradients()
+        compare = self._compare_next and not self.training
+        # A recurrent network on a GPU has no backward pass in evaluation unless cuDNN is off.
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() or compare),
+            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not compare),
+            listen(self.separator, {*self.taps, *self.stream}) as heard,
+        ):
             loss_se, stats, weight = super().forward(speech_mix, speech_mix_lengths, **kwargs)
-        batch = (heard.sequence, heard.lengths, linguistic, linguistic_lengths)
-        loss_cma = self.transfer(*batch)
-        loss = self.transfer.combine(loss_se, loss_cma)
-        ours = {"loss": loss.detach(), "loss_se": loss_se.detach(), "loss_cma": loss_cma.detach()}
+            batch = (heard.sequence(self.taps), heard.lengths, linguistic, linguistic_lengths)
+            loss_cma = self.transfer(*batch, token_ids)
+            stream = [heard.parts[tap] for tap in self.stream]
+            loss = self.transfer.combine(loss_se, loss_cma, stream)
+        ours = {
+            "loss": loss.detach(),
+            "loss_se": self.enhancement_loss(loss_se, stats).detach(),
+            "loss_cma": loss_cma.detach(),
+            **self.transfer.logged,
+        }
         if not self.training:
-            ours.update(self.transfer.diagnostics(*batch))
+            ours.update(self.transfer.diagnostics(*batch, token_ids))
+        if compare:
+            self._compare_next = False
+            ours["gradient_share"] = self.transfer.gradient_share(loss_se, loss_cma, stream)
         loss, ours = force_gatherable((loss, ours), loss.device)
         return loss, {**stats, **ours}, weight
 
+    def compare_gradients(self) -> None:
+        """Let the next batch in evaluation compare the gradients of the two losses.
+
+        Training asks for it, so each validation does it once: it costs a backward pass.
+        """
+        self._compare_next = True
+
+    def enhancement_loss(self, loss: torch.Tensor, stats: dict) -> torch.Tensor:
+        """Return the enhancement loss alone, without the criterions that are rivals of the transfer.
+
+        Args:
+            loss: the weighted sum of all criterions.
+            stats: the value of each by name.
+        """
+        for wrapper in self.loss_wrappers or ():
+            if getattr(wrapper.criterion, "is_rival", False):
+                loss = loss - wrapper.weight * stats[wrapper.criterion.name].to(loss)
+        return loss
+
     @torch.no_grad()
-    def attention(self, speech: torch.Tensor, linguistic: torch.Tensor) -> torch.Tensor:
+    def hear(self, speech: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what the alignment is given of noisy speech.
+
+        Args:
+            speech: (B, N) noisy samples.
+            lengths: (B,) valid samples.
+
+        Returns:
+            acoustic (B, T_a, D_a) and its valid frames (B,).
+        """
+        if self.normalize_variance:
+            speech = speech / speech.std(dim=1, keepdim=True)
+        with listen(self.separator, self.taps) as heard:
+            self.forward_enhance(speech, lengths, {})
+        return heard.sequence(self.taps), heard.lengths
+
+    def attention(
+        self, speech: torch.Tensor, linguistic: torch.Tensor, token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return which frames each token was aligned with.
 
         Args:
             speech: (1, N) noisy samples.
             linguistic: (1, T_t, D_t) token embeddings.
+            token_ids: (1, T_t), for an alignment that needs them.
 
         Returns:
             weights (T_t, T_a), each row sums to 1.
         """
-        if self.normalize_variance:
-            speech = speech / speech.std(dim=1, keepdim=True)
-        lengths = torch.tensor([speech.shape[1]], device=speech.device)
-        with listen(self.separator, self.tap) as heard:
-            self.forward_enhance(speech, lengths, {})
+        acoustic, frames = self.hear(speech, torch.tensor([speech.shape[1]], device=speech.device))
         tokens = torch.tensor([linguistic.shape[1]], device=speech.device)
-        targets = self.transfer.targets(linguistic)
-        _, weights = self.transfer.alignment(
-            heard.sequence, heard.lengths, targets, tokens, need_weights=True
-        )
-        return weights[0]
+        return self.transfer.align(acoustic, frames, linguistic, tokens, token_ids).weights[0]
 
 
 def add_transfer(
@@ -105,35 +176,44 @@ def add_transfer(
     Raises:
         CmktError: an unknown key, a wrong value.
     """
-    transfer, tap = None, None
-    if conf is not None:
-        conf = dict(conf)
-        unknown = sorted(set(conf) - set(CONF_KEYS))
-        if unknown:
-            raise CmktError(
-                f"transfer_conf: unknown key {unknown[0]}", remedy=f"known: {', '.join(CONF_KEYS)}"
-            )
-        tap = find_tap(separator_name, conf.pop("tap", "auto"))
-        linguistic_dim = conf.pop("linguistic_dim", None)
-        if not isinstance(linguistic_dim, int):
-            raise CmktError(
-                "transfer_conf.linguistic_dim is not set to a number",
-                remedy="give the store with --llm_dir, which sets it, or set it in the YAML",
-            )
-        width = tap_width(model.encoder, model.separator, tap)
-        try:
-            transfer = CrossModalTransfer(width, linguistic_dim, **conf)
-        except (TypeError, ValueError) as error:
-            raise CmktError(f"transfer_conf: {error}") from error
-        if transfer.alpha == 1:
-            transfer, tap = None, None
+    ours = {} if conf is None else _transfer_parts(model, separator_name, dict(conf))
     return TransferEnhancementModel(
-        transfer=transfer,
-        tap=tap,
         encoder=model.encoder,
         separator=model.separator,
         decoder=model.decoder,
         mask_module=model.mask_module,
         loss_wrappers=model.loss_wrappers,
+        **ours,
         **model_conf,
     )
+
+
+def _transfer_parts(model: ESPnetEnhancementModel, separator_name: str, conf: dict) -> dict:
+    """Build the transfer, and return the arguments of `TransferEnhancementModel` that are ours."""
+    for key in conf:
+        if key not in CONF_KEYS:
+            raise CmktError(f"transfer_conf: {unknown_key(key, CONF_KEYS)}")
+    taps = stream = find_taps(separator_name, conf.pop("tap", "auto"))
+    linguistic_dim, feedback = conf.pop("linguistic_dim", None), conf.pop("feedback", None)
+    if not isinstance(linguistic_dim, int):
+        raise CmktError(
+            "transfer_conf.linguistic_dim is not set to a number",
+            remedy="give the store with --llm_dir, which sets it, or set it in the YAML",
+        )
+    try:
+        off = build_alpha(conf.get("alpha", 0.9)).is_off
+        if off and feedback is None:
+            return {}
+        prepare_separator(model.separator, taps)
+        if feedback is not None:
+            if len(taps) > 1:
+                raise ValueError("feedback works on one tap, not on several")
+            attach_feedback(model.encoder, model.separator, taps[0], feedback)
+            taps, stream = FEEDBACK_TAPS[:1], FEEDBACK_TAPS[1:]
+            if off:  # the adapter alone: the control of its parameters
+                return {}
+        width = tap_width(model.encoder, model.separator, taps)
+        transfer = CrossModalTransfer(width, linguistic_dim, **conf)
+    except (TypeError, ValueError) as error:
+        raise CmktError(f"transfer_conf: {error}") from error
+    return {"transfer": transfer, "taps": taps, "stream": stream}

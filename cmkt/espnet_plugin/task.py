@@ -1,22 +1,50 @@
 """The ESPnet task: stock enhancement plus `transfer`, `transfer_conf` and `mixing_conf`."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from espnet2.tasks.enh import EnhancementTask
+from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
+from espnet2.utils.types import str2bool
 from typeguard import TypeCheckError
 
 import cmkt.espnet_plugin.data  # noqa: F401  registers the data type linguistic_ark
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.data import read_candidates
 from cmkt.espnet_plugin.mixing import EpochIterFactory, SortedCollate, build_mixing
-from cmkt.espnet_plugin.model import TransferEnhancementModel, add_transfer
+from cmkt.espnet_plugin.model import CONF_KEYS, TransferEnhancementModel, add_transfer
+from cmkt.espnet_plugin.recurrent import run_layer_by_layer
 from cmkt.linguistic.statistics import read_statistics
 from cmkt.transfer import Targets
 
 
+class TransferTrainer(Trainer):
+    """ESPnet's trainer, which tells the transfer how much of the training is over."""
+
+    @classmethod
+    def run(cls, model, train_iter_factory, trainer_options, **others):
+        """Train; arguments as ESPnet's."""
+        if model.transfer is not None:
+            train_iter_factory = EpochIterFactory(
+                train_iter_factory,
+                lambda epoch: setattr(
+                    model.transfer, "progress", (epoch - 1) / trainer_options.max_epoch
+                ),
+            )
+        super().run(
+            model=model,
+            train_iter_factory=train_iter_factory,
+            trainer_options=trainer_options,
+            **others,
+        )
+
+
 class TransferEnhancementTask(EnhancementTask):
     """`EnhancementTask` whose model can learn from the linguistic sequence of an utterance."""
+
+    trainer = TransferTrainer
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser):
@@ -33,7 +61,14 @@ class TransferEnhancementTask(EnhancementTask):
             "--transfer_conf",
             action=NestedDictAction,
             default={},
-            help="tap, alpha, reduction, standardise, pca, alignment, misalignment, linguistic_dim",
+            help=", ".join(CONF_KEYS),
+        )
+        group.add_argument(
+            "--fast_cpu",
+            type=str2bool,
+            default=False,
+            help="On a CPU, train several times faster: LSTMs and GRUs run layer by layer, without "
+            "packing, and denormal numbers count as 0. The same results to rounding",
         )
         group.add_argument(
             "--linguistic_statistics",
@@ -58,7 +93,18 @@ class TransferEnhancementTask(EnhancementTask):
     def optional_data_names(cls, train: bool = True, inference: bool = False):
         """Name the data that may be given; the linguistic sequence never at inference."""
         names = super().optional_data_names(train, inference)
-        return names if inference else (*names, "linguistic")
+        return names if inference else (*names, "linguistic", "token_ids")
+
+    @classmethod
+    def main_worker(cls, args: argparse.Namespace):
+        """Train, or collect statistics, in this process."""
+        # Gradients that fade over many frames become denormal numbers, which a CPU computes with
+        # many times slower.
+        torch.set_flush_denormal(args.fast_cpu)
+        try:
+            super().main_worker(args)
+        finally:
+            torch.set_flush_denormal(False)
 
     @classmethod
     def build_preprocess_fn(cls, args: argparse.Namespace, train: bool):
@@ -79,8 +125,11 @@ class TransferEnhancementTask(EnhancementTask):
     def build_sequence_iter_factory(cls, args: argparse.Namespace, iter_options, mode: str):
         """Return ESPnet's factory; on-the-fly mixing is told the epoch."""
         factory = super().build_sequence_iter_factory(args, iter_options, mode)
-        mixes = mode == "train" and args.mixing_conf
-        return EpochIterFactory(factory) if mixes else factory
+        if mode != "train" or not args.mixing_conf:
+            return factory
+        return EpochIterFactory(
+            factory, lambda epoch: setattr(factory.dataset.preprocess, "epoch", epoch)
+        )
 
     @classmethod
     def check_required_command_args(cls, args: argparse.Namespace):
@@ -109,6 +158,20 @@ class TransferEnhancementTask(EnhancementTask):
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> TransferEnhancementModel:
         """Build the stock model first, so that its initialisation is unchanged, then ours."""
+        model = cls.build_bare_model(args)
+        if model.transfer is None:
+            return model
+        if model.transfer.targets.needs_statistics:
+            set_statistics(model.transfer.targets, args.linguistic_statistics)
+        paths = {name: path for path, name, _ in args.valid_data_path_and_name_and_type}
+        if "linguistic" in paths:
+            candidates = read_candidates(paths["linguistic"], paths.get("token_ids"))
+            model.transfer.set_candidates(*candidates)
+        return model
+
+    @classmethod
+    def build_bare_model(cls, args: argparse.Namespace) -> TransferEnhancementModel:
+        """Build the model without the statistics and candidates that come from data."""
         try:
             model = super().build_model(args)
         except (TypeError, ValueError, TypeCheckError, AttributeError) as error:
@@ -117,11 +180,10 @@ class TransferEnhancementTask(EnhancementTask):
                 getattr(args, "config", None),
                 remedy="`cmkt train --print_config` lists the keys of every part",
             ) from error
+        if getattr(args, "fast_cpu", False):
+            run_layer_by_layer(model.separator)
         conf = args.transfer_conf if args.transfer == "cmkt" else None
-        model = add_transfer(model, args.separator, conf, args.model_conf)
-        if model.transfer is not None and model.transfer.targets.needs_statistics:
-            set_statistics(model.transfer.targets, args.linguistic_statistics)
-        return model
+        return add_transfer(model, args.separator, conf, args.model_conf)
 
 
 def set_statistics(targets: Targets, path: str | None) -> None:
@@ -145,3 +207,21 @@ def set_statistics(targets: Targets, path: str | None) -> None:
             f"statistics of {len(mean)} dimensions, but linguistic_dim is {len(targets.mean)}", path
         )
     targets.set_statistics(mean, covariance)
+
+
+def load_trained_model(experiment: Path, args: argparse.Namespace) -> TransferEnhancementModel:
+    """Load a trained model with its losses, in evaluation mode.
+
+    Args:
+        experiment: training folder with `valid.loss_se.best.pth`.
+        args: its config.yaml.
+
+    Raises:
+        CmktError: the best model is missing.
+    """
+    weights = experiment / "valid.loss_se.best.pth"
+    if not weights.exists():
+        raise CmktError("no trained model", weights, remedy="run stage 5 to its end")
+    model = TransferEnhancementTask.build_bare_model(args)
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=True)
+    return model.eval()

@@ -24,7 +24,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
+from cmkt.corpus.datadir import read_table
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.tokens import FOLDER as TOKEN_IDS
 from cmkt.settings import read_mapping
 from cmkt.stage import MARKER, Stage
 
@@ -91,16 +93,19 @@ def run(args, rest: list[str]) -> None:
         rooms = args.train_dir / "rir.scp"
         parsed.rir_scp = str(rooms) if rooms.exists() else None
     if transfer and args.llm_dir:
+        from cmkt.espnet_plugin.tokens import find_vocabulary, write_token_ids, write_vocabulary
         from cmkt.linguistic.store import STATISTICS, check_arks, read_meta, require_same_meta
 
         stores = [args.llm_dir / folder.name for folder in (args.train_dir, args.valid_dir)]
         require_same_meta(*stores)
         for store in stores:
             check_arks(store)
+        vocabulary = find_vocabulary(stores[0])
         meta = read_meta(stores[0])
         parsed.linguistic_meta = meta
         parsed.linguistic_statistics = str(stores[0] / STATISTICS)
-        parsed.transfer_conf = {**parsed.transfer_conf, "linguistic_dim": meta["dimension"]}
+        sizes = {"linguistic_dim": meta["dimension"], "vocabulary": len(vocabulary) + 1}
+        parsed.transfer_conf = {**parsed.transfer_conf, **sizes}
     if collect:
         with stage.working_directory() as work, redirect_stderr(io.StringIO()):
             parsed.output_dir = str(work)
@@ -109,6 +114,12 @@ def run(args, rest: list[str]) -> None:
     identity = {key: value for key, value in options.items() if key not in NOT_IDENTITY}
     identity["config"] = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
     _prepare(args.output_dir, Stage(args.output_dir, inputs, identity).fingerprint)
+    if transfer and args.llm_dir:
+        write_vocabulary(vocabulary, args.output_dir / TOKEN_IDS)
+        for mode, folder in (("train", args.train_dir), ("valid", args.valid_dir)):
+            utterances = list(read_table(folder / "wav.scp"))
+            path = args.output_dir / TOKEN_IDS / mode
+            write_token_ids(args.llm_dir / folder.name, utterances, vocabulary, path)
     with open(args.output_dir / "train.log", "a") as log, redirect_stderr(log):
         _log_to(log, args.output_dir.name)
         task.main(args=parsed)
@@ -222,6 +233,7 @@ def _espnet_command(args, rest, transfer: bool, collect: bool) -> tuple[list[str
                 raise CmktError("no finished linguistic store", store, remedy="run stage 3")
             inputs.append(store)
             triplets.append(f"{store}/linguistic.scp,linguistic,linguistic_ark")
+            triplets.append(f"{args.output_dir}/{TOKEN_IDS}/{mode},token_ids,text_int")
         for triplet in triplets:
             command += [f"--{mode}_data_path_and_name_and_type", triplet]
         if collect:

@@ -31,6 +31,18 @@ from cmkt.stage import atomic_file
 PACKAGES = ("cmkt", "espnet", "torch", "transformers", "numpy", "scipy", "pesq", "pystoi")
 NAMED_FAILURES = 10
 
+# Columns of the training tables: what was logged, and its title.
+LOSSES = {name: name for name in ("loss_se", "cos_matched", "cos_mismatched", "transfer_gap")}
+DIAGNOSTICS = {
+    "retrieval_top1": "retrieval, first",
+    "retrieval_top1_mismatched": "mismatched",
+    "retrieval_top5": "first five",
+    "retrieval_top5_mismatched": "mismatched",
+    "alignment_entropy": "entropy",
+    "alignment_monotonicity": "monotonicity",
+    "gradient_share": "gradient share",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `cmkt report`."""
@@ -251,16 +263,6 @@ def training_section(
     known = {tag: history for tag, history in histories.items() if history}
     sections = ["## Training"]
     if known:
-        names = ("loss_se", "cos_matched", "cos_mismatched", "transfer_gap")
-        rows = [
-            [
-                tag,
-                str(history.epochs[-1]),
-                duration(history.seconds),
-                *("-" if (v := history.last(n)) is None else f"{v:.4f}" for n in names),
-            ]
-            for tag, history in known.items()
-        ]
         curves = plots / "training_curves.png"
         training_curves(known, curves)
         sections += [
@@ -268,13 +270,44 @@ def training_section(
             "`cos_mismatched`, the cosine to the utterance's own text with its own acoustics minus "
             "that with another utterance's: only a gap above 0 shows that anything was "
             "transferred, and a gap alone is no gain in quality.",
-            markdown_table(["training", "epochs", "time", *names], rows),
+            _history_table(known, LOSSES, lambda history: duration(history.seconds)),
             f"![Training curves]({_relative(curves, output)})",
         ]
+        transfers = {tag: h for tag, h in known.items() if h.last("retrieval_top1") is not None}
+        if transfers:
+            sections += [
+                "`retrieval`: share of tokens found, by what the acoustic side made of them, as the "
+                "first or among the first five of the tokens of 100 validation utterances; "
+                "mismatched: with another utterance's acoustics. entropy: 0 if a token is made of "
+                "one frame, 1 if of all alike. monotonicity: share of tokens whose frames lie "
+                "later than the token's before. gradient share: of the transfer at the tap.",
+                _history_table(transfers, DIAGNOSTICS),
+            ]
     missing = [tag for tag, history in histories.items() if not history]
     if missing:
         sections.append(f"No checkpoint.pth with a finished epoch: {', '.join(missing)}.")
     return sections if len(sections) > 1 else []
+
+
+def _history_table(histories: dict, columns: dict[str, str], time=None) -> str:
+    """Format the last validation values of some trainings.
+
+    Args:
+        histories: by experiment tag.
+        columns: {name in the history: title}.
+        time: formats a history's time, for a column of its own.
+    """
+    header = ["training", "epochs", *(["time"] if time else []), *columns.values()]
+    rows = [
+        [
+            tag,
+            str(history.epochs[-1]),
+            *([time(history)] if time else []),
+            *("-" if (v := history.last(name)) is None else f"{v:.4f}" for name in columns),
+        ]
+        for tag, history in histories.items()
+    ]
+    return markdown_table(header, rows)
 
 
 def text_section(configs: dict[str, dict]) -> list[str]:
@@ -383,13 +416,14 @@ def draw_attention(
 
     from cmkt.corpus.audio import read_audio
     from cmkt.espnet_plugin.build import load_training_model
+    from cmkt.espnet_plugin.tokens import number_tokens, read_vocabulary
     from cmkt.evaluate.plots import attention_map
 
     entries, tokens = read_table(features), read_table(features.with_name("tokens"))
     chosen = [utterance for utterance in audio if utterance in entries][:count]
     if not chosen:
         raise CmktError("no utterance of the validation set", features, remedy="run stage 3 again")
-    model = load_training_model(exp_dir)
+    model, vocabulary = load_training_model(exp_dir), read_vocabulary(exp_dir)
     images = {}
     for utterance in chosen:
         speech, fs = read_audio(audio[utterance])
@@ -398,6 +432,7 @@ def draw_attention(
             weights = model.attention(
                 torch.from_numpy(speech)[None],  # (1, N)
                 torch.tensor(matrix, dtype=torch.float32)[None],  # (1, T_t, D)
+                torch.tensor([number_tokens(tokens[utterance], vocabulary)]),  # (1, T_t)
             )  # (T_t, T_a)
         images[utterance] = plots / f"attention_{exp_dir.name}_{utterance}.png"
         attention_map(

@@ -1,113 +1,205 @@
 """Controlled temporal shifts between the acoustic and the linguistic side, in training only.
 
-The paper names a misalignment strategy; its unit and size could not be read, so these are ours.
+The paper (Hung et al. 2025, arXiv 2503.07078) names a misalignment strategy; its unit, its size and
+its schedule could not be read, so these are ours.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-MODES = ("off", "fixed", "random", "curriculum")
+from cmkt.transfer.sequences import lengths_to_mask, relative_positions
+from cmkt.transfer.settings import choice, number, whole
+
+MODES = ("off", "fixed", "random", "curriculum", "shuffle")
+SIDES = {"token": ("targets", "queries"), "frame": ("acoustic",)}
+ALL_SIDES = (*SIDES["token"], *SIDES["frame"])
 
 
-def shift(
-    sequence: torch.Tensor, lengths: torch.Tensor, by: torch.Tensor, edges: str
-) -> torch.Tensor:
-    """Shift each sequence: position t gets what stood at t + by.
+class Moved(NamedTuple):
+    """What the alignment is given and what its result is compared with.
 
     Args:
-        sequence: (B, T, D).
+        acoustic: (B, T_a, D_a).
+        queries: (B, T_t, D_t), the text given to the alignment.
+        targets: (B, T_t, D_t), the text that zhat is compared with.
+        query_ids: (B, T_t), token ids of the queries, if known.
+        target_ids: (B, T_t), token ids of the targets, if known.
+        positions: (B, T_t), which token of the utterance each query is; None if token t itself.
+        valid: (B, T_t), false where a token must take no part in the loss.
+    """
+
+    acoustic: torch.Tensor
+    queries: torch.Tensor
+    targets: torch.Tensor
+    query_ids: torch.Tensor | None
+    target_ids: torch.Tensor | None
+    positions: torch.Tensor | None
+    valid: torch.Tensor
+
+
+def sources(
+    lengths: torch.Tensor, size: int, by: torch.Tensor, edges: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return from where each position of a shifted sequence comes: t from t + by.
+
+    Args:
         lengths: (B,) valid positions; what lies behind them stays where it is.
+        size: T, of the padded sequence.
         by: (B,) whole positions, of either sign.
-        edges: `pad` repeats the first or last valid position, `wrap` goes around.
+        edges: `pad` or `clip` repeat the first or last valid position, `wrap` goes around.
 
     Returns:
-        (B, T, D).
+        (B, T) source positions; (B, T), false where `clip` takes a position from outside.
     """
-    steps = torch.arange(sequence.shape[1], device=sequence.device)[None]
-    lengths = lengths.to(sequence.device).clamp(min=1)[:, None]
-    source = steps + by[:, None]
+    steps = torch.arange(size, device=lengths.device)[None]
+    ends = lengths.clamp(min=1)[:, None]
+    wanted = steps + by[:, None]
     if edges == "wrap":
-        source = source.remainder(lengths)
+        source = wanted.remainder(ends)
     else:
-        source = torch.minimum(source.clamp(min=0), lengths - 1)
-    source = torch.where(steps < lengths, source, steps)
-    return sequence.gather(1, source[..., None].expand_as(sequence))
+        source = torch.minimum(wanted.clamp(min=0), ends - 1)
+    source = torch.where(steps < ends, source, steps)
+    inside = source == wanted if edges == "clip" else torch.ones_like(source, dtype=torch.bool)
+    return source, inside | (steps >= ends)
+
+
+def shuffled(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """Return (B, size) a random order of the valid positions; what lies behind stays."""
+    keys = torch.rand(len(lengths), size, device=lengths.device)
+    behind = 1.0 + torch.arange(size, device=lengths.device)
+    return torch.where(lengths_to_mask(lengths, size), keys, behind).argsort(1)
+
+
+def take(sequence: torch.Tensor | None, source: torch.Tensor) -> torch.Tensor | None:
+    """Return a sequence (B, T) or (B, T, D) with what stood at `source` (B, T)."""
+    if sequence is None:
+        return None
+    if sequence.dim() == 3:
+        source = source[..., None].expand_as(sequence)
+    return sequence.gather(1, source)
 
 
 class Misalignment(nn.Module):
-    """Draw a shift for each utterance and apply it.
+    """Draw a shift k of the utterance and apply it: position t gets what stood at t + k.
 
     Args:
-        mode: `off`; `fixed` (always `maximum`); `random` (uniform in [-maximum, maximum]);
-            `curriculum` (random, `maximum` shrinking to 0 over `curriculum_steps`).
-        unit: `token` shifts the targets, `frame` the acoustic sequence.
-        maximum: largest shift, in tokens or frames.
-        edges: `pad` or `wrap` (see `shift`).
-        curriculum_steps: training forwards until the curriculum's shift is 0.
+        mode: `off`; `fixed`: k is the maximum; `random`: a whole number, each in [-maximum,
+            maximum] as likely; `curriculum`: random, with a maximum that changes during training;
+            `shuffle`: no shift but the tokens of each utterance in random order, the control in
+            which the time order says nothing. (The control across utterances is other transcripts:
+            `cmkt embed --text_source shuffled`.)
+        unit: `token` or `frame`.
+        side: what moves. `targets` (default for tokens): zhat_t is compared with z_{t+k}.
+            `queries`: in the place of token t the alignment is given the text of token t + k, and
+            the answer is compared with z_t; of an alignment that does not use the embeddings, the
+            answer for token t + k is. `acoustic` (for frames, and only there).
+        maximum: largest shift, in units; 1 if `maximum_share` is not set either.
+        maximum_share: largest shift as a share of the utterance's length (tokens or frames), in
+            [0, 1], rounded down. With both, the smaller one holds.
+        edges: what comes from outside the utterance. `pad`: its first or last token or frame;
+            `wrap`: goes around; `clip`: as `pad`, but such a token, or a token whose own place
+            holds such a frame, takes no part in the loss.
+        per: `utterance` or `batch`: what has a k of its own (with `maximum_share` a k in
+            proportion to the length).
+        direction: of the curriculum: `shrinking` from the maximum to 0 or `growing` from 0.
+        until: share of the training, above 0 and at most 1, by which the curriculum has ended.
 
     Raises:
-        ValueError: a value of the wrong type or outside its range.
+        ValueError: a value of the wrong type or outside its range, or a side that does not go with
+            the unit.
     """
 
     def __init__(
         self,
         mode: str = "off",
         unit: str = "token",
-        maximum: int = 1,
+        side: str | None = None,
+        maximum: int | None = None,
+        maximum_share: float | None = None,
         edges: str = "pad",
-        curriculum_steps: int = 1000,
+        per: str = "utterance",
+        direction: str = "shrinking",
+        until: float = 1.0,
     ):
         super().__init__()
-        for name, value, known in (
-            ("mode", mode, MODES),
-            ("unit", unit, ("token", "frame")),
-            ("edges", edges, ("pad", "wrap")),
-        ):
-            # YAML reads a bare `off` as false.
-            value = "off" if name == "mode" and value is False else value
-            if value not in known:
-                raise ValueError(
-                    f"misalignment.{name} must be one of {', '.join(known)}, not {value!r}"
-                )
-        for name, value, least in (
-            ("maximum", maximum, 0),
-            ("curriculum_steps", curriculum_steps, 1),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"misalignment.{name} must be a whole number of at least {least}, not {value!r}"
-                )
-        self.mode = "off" if mode is False else mode
-        self.unit, self.maximum, self.edges = unit, maximum, edges
-        self.curriculum_steps = curriculum_steps
-        # In the checkpoint, so that a resumed curriculum goes on where it was.
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        # YAML reads a bare `off` as false.
+        self.mode = choice("misalignment.mode", "off" if mode is False else mode, MODES)
+        self.unit = choice("misalignment.unit", unit, SIDES)
+        self.side = choice("misalignment.side", SIDES[unit][0] if side is None else side, ALL_SIDES)
+        if self.side not in SIDES[unit]:
+            raise ValueError(f"misalignment.side {side} does not go with misalignment.unit {unit}")
+        if mode == "shuffle" and unit == "frame":
+            raise ValueError("misalignment.mode shuffle needs misalignment.unit token")
+        if maximum_share is not None:
+            number("misalignment.maximum_share", maximum_share, 0, 1)
+        elif maximum is None:
+            maximum = 1
+        if maximum is not None:
+            whole("misalignment.maximum", maximum, 0)
+        self.maximum, self.maximum_share = maximum, maximum_share
+        self.edges = choice("misalignment.edges", edges, ("pad", "wrap", "clip"))
+        self.per = choice("misalignment.per", per, ("utterance", "batch"))
+        self.direction = choice("misalignment.direction", direction, ("shrinking", "growing"))
+        self.until = number("misalignment.until", until, 0, 1, above=True)
 
-    def draw(self, batch: int, device: torch.device) -> torch.Tensor:
-        """Return the shifts (batch,) of this training step."""
+    def draw(self, lengths: torch.Tensor, progress: float = 0.0) -> torch.Tensor:
+        """Return the shifts (B,) of utterances of these lengths (B,)."""
+        bounds = []
+        if self.maximum is not None:
+            bounds.append(torch.full_like(lengths, self.maximum))
+        if self.maximum_share is not None:
+            # The small number, since 0.29 * 100 is below 29 in binary.
+            bounds.append((lengths.double() * self.maximum_share + 1e-9).to(lengths))
+        maximum = torch.stack(bounds).amin(0)
         if self.mode == "fixed":
-            return torch.full((batch,), self.maximum, device=device)
-        if self.mode == "random":
-            return torch.randint(-self.maximum, self.maximum + 1, (batch,), device=device)
-        # In tensors, so that a GPU need not wait for the step count.
-        left = (1 - self.steps / self.curriculum_steps).clamp(min=0)
-        maximum = (self.maximum * left).round()
-        self.steps += 1
-        by = (torch.rand(batch, device=device) * (2 * maximum + 1)).floor() - maximum
+            return maximum
+        if self.mode == "curriculum":
+            over = min(progress / self.until, 1.0)
+            left = 1 - over if self.direction == "shrinking" else over
+            maximum = (maximum * left).round()
+        chance = torch.rand(1 if self.per == "batch" else len(lengths), device=lengths.device)
+        by = (chance * (2 * maximum + 1)).floor() - maximum
+        # Rounding may reach 2 maximum + 1.
         return torch.minimum(by, maximum).long()
 
-    def forward(self, acoustic, acoustic_lengths, text, text_lengths):
-        """Return the acoustic sequence (B, T_a, D_a) and the targets (B, T_t, D_t), shifted.
+    def forward(
+        self,
+        acoustic: torch.Tensor,
+        acoustic_lengths: torch.Tensor,
+        text: torch.Tensor,
+        text_lengths: torch.Tensor,
+        token_ids: torch.Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Moved:
+        """Move one side.
 
         Args:
             acoustic: (B, T_a, D_a).
             acoustic_lengths: (B,) valid frames.
             text: (B, T_t, D_t).
             text_lengths: (B,) valid tokens.
+            token_ids: (B, T_t), which token each is, if known.
+            progress: share of the training that is over, for the curriculum.
         """
+        everywhere = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        moved = Moved(acoustic, text, text, token_ids, token_ids, None, everywhere)
         if not self.training or self.mode == "off":
-            return acoustic, text
-        by = self.draw(len(text), text.device)
-        if self.unit == "token":
-            return acoustic, shift(text, text_lengths, by, self.edges)
-        return shift(acoustic, acoustic_lengths, by, self.edges), text
+            return moved
+        tokens, frames = text_lengths.to(text.device), acoustic_lengths.to(acoustic.device)
+        if self.side == "acoustic":
+            by = self.draw(frames, progress)
+            source, inside = sources(frames, acoustic.shape[1], by, self.edges)
+            # (B, T_t), the frame at the middle of each token's place in the time order
+            middle = (relative_positions(tokens, text.shape[1]) * frames[:, None]).long()
+            valid = inside.gather(1, middle.clamp(max=acoustic.shape[1] - 1))
+            return moved._replace(acoustic=take(acoustic, source), valid=valid)
+        if self.mode == "shuffle":
+            source, inside = shuffled(tokens, text.shape[1]), everywhere
+        else:
+            source, inside = sources(tokens, text.shape[1], self.draw(tokens, progress), self.edges)
+        text, ids = take(text, source), take(token_ids, source)
+        if self.side == "queries":
+            return moved._replace(queries=text, query_ids=ids, positions=source, valid=inside)
+        return moved._replace(targets=text, target_ids=ids, valid=inside)

@@ -91,11 +91,11 @@ def test_alignment_gradient_reaches_below_the_tap_and_no_text_is_needed_per_utte
     model = add_transfer(build_enhancement_model(config), separator, conf, {})
     assert isinstance(model.encoder, STFTEncoder)
     speech, lengths = torch.randn(3, 8000), torch.tensor([8000, 6000, 4000])
-    with listen(model.separator, model.tap) as heard:
+    with listen(model.separator, model.taps) as heard:
         model.forward_enhance(speech, lengths, {})
     text = torch.randn(3, 5, 6)
     text[1] = 0  # no transcript
-    loss = model.transfer(heard.sequence, heard.lengths, text, torch.tensor([5, 1, 3]))
+    loss = model.transfer(heard.sequence(model.taps), heard.lengths, text, torch.tensor([5, 1, 3]))
     loss.backward()
     reached = {n for n, p in model.separator.named_parameters() if p.grad is not None}
     head = {"rnn": "linear", "tcn": "tcn.network.3"}[separator]
@@ -104,9 +104,11 @@ def test_alignment_gradient_reaches_below_the_tap_and_no_text_is_needed_per_utte
     assert not any(n.startswith(head) for n in reached)
     # A whole batch without text still gives every transfer parameter a (zero) gradient: DDP.
     model.zero_grad()
-    with listen(model.separator, model.tap) as heard:
+    with listen(model.separator, model.taps) as heard:
         model.forward_enhance(speech, lengths, {})
-    loss = model.transfer(heard.sequence, heard.lengths, torch.zeros(3, 1, 6), torch.ones(3).long())
+    loss = model.transfer(
+        heard.sequence(model.taps), heard.lengths, torch.zeros(3, 1, 6), torch.ones(3).long()
+    )
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None for p in model.transfer.parameters())

@@ -1,7 +1,5 @@
 """The transfer core: no leak, no padding, no NaN; looks in time order; shifts as stated."""
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,10 +7,7 @@ from torch.nn import functional as F
 from cmkt.transfer import (
     CrossModalityTransformer,
     CrossModalTransfer,
-    Misalignment,
-    cosine_alignment_loss,
 )
-from cmkt.transfer.misalignment import shift
 
 D_A, D_T = 6, 5
 
@@ -40,14 +35,15 @@ def transfer(**conf):
 def test_shapes_and_attention_weights_cover_only_valid_frames():
     model = CrossModalityTransformer(D_A, D_T, width=16, heads=2, layers=2)
     acoustic, acoustic_lengths, text, text_lengths = batch()
-    zhat, weights = model(acoustic, acoustic_lengths, text, text_lengths, need_weights=True)
+    aligned = model(acoustic, acoustic_lengths, text, text_lengths, need_weights=True)
+    zhat, weights = aligned.zhat, aligned.weights
     assert zhat.shape == text.shape
     assert weights.shape == (2, 6, 20)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 6))
     assert weights[1, :, 13:].abs().max() == 0
-    quick, none = model(acoustic, acoustic_lengths, text, text_lengths)
-    assert none is None
-    assert torch.allclose(zhat, quick)
+    quick = model(acoustic, acoustic_lengths, text, text_lengths)
+    assert quick.weights is None
+    assert torch.allclose(zhat, quick.zhat)
 
 
 @pytest.mark.parametrize("query", ["position", "text"])
@@ -61,7 +57,8 @@ def test_fresh_module_looks_near_the_place_of_the_token(query, padding):
         acoustic, acoustic_lengths, text, text_lengths = batch(*zip(*lengths, strict=True))
         acoustic = F.pad(acoustic, (0, 0, 0, padding))
         text = F.pad(text, (0, 0, 0, padding))
-        _, weights = model(acoustic, acoustic_lengths, text, text_lengths, need_weights=True)
+        aligned = model(acoustic, acoustic_lengths, text, text_lengths, need_weights=True)
+        weights = aligned.weights
         for row, (frames, tokens) in zip(weights, lengths, strict=True):
             place = (torch.arange(tokens) + 0.5) / tokens
             centre = row[:tokens, :frames] @ ((torch.arange(frames) + 0.5) / frames)
@@ -79,10 +76,10 @@ def test_position_queries_cannot_leak_the_text_and_text_queries_do(residual):
     acoustic, acoustic_lengths, text, text_lengths = batch()
     for query, leaks in (("position", False), ("text", True)):
         model = CrossModalityTransformer(D_A, D_T, width=16, query=query, residual=residual)
-        one, _ = model(acoustic, acoustic_lengths, text, text_lengths)
-        other, _ = model(acoustic, acoustic_lengths, torch.randn_like(text), text_lengths)
+        one = model(acoustic, acoustic_lengths, text, text_lengths).zhat
+        other = model(acoustic, acoustic_lengths, torch.randn_like(text), text_lengths).zhat
         assert (one - other).abs().max().gt(1e-4) == leaks, query
-        heard, _ = model(torch.randn_like(acoustic), acoustic_lengths, text, text_lengths)
+        heard = model(torch.randn_like(acoustic), acoustic_lengths, text, text_lengths).zhat
         assert (one - heard).abs().max() > 1e-4
 
 
@@ -91,7 +88,7 @@ def test_residual_adds_the_query():
     for residual in (True, False):
         model = CrossModalityTransformer(D_A, D_T, width=16, residual=residual)
         torch.nn.init.zeros_(model.layers[0].attention.value.weight)
-        zhat, _ = model(*batch())
+        zhat = model(*batch()).zhat
         assert (zhat.std(1).max() > 1e-4) == residual
 
 
@@ -131,8 +128,8 @@ def test_sharp_order_prior_and_no_valid_frame_stay_finite():
         loss.backward()
         assert loss.isfinite()
         assert all(p.grad.isfinite().all() for p in model.parameters())
-        _, weights = model.alignment(acoustic, torch.tensor(lengths), text, text_lengths, True)
-        assert weights.isfinite().all()
+        aligned = model.align(acoustic, torch.tensor(lengths), text, text_lengths)
+        assert aligned.weights.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -150,94 +147,7 @@ def test_autocast_leaves_the_alignment_in_float32(dtype):
     assert acoustic.grad.isfinite().all() and acoustic.grad.ne(0).any()
 
 
-# Misalignment
-
-
-def test_shift_by_hand():
-    sequence = torch.tensor([[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 9, 10]]).float()[..., None]
-    lengths = torch.tensor([4, 6])
-
-    def shifted(by, edges):
-        return shift(sequence, lengths, torch.tensor(by), edges)[..., 0].long().tolist()
-
-    assert shifted([1, 2], "pad") == [[2, 3, 4, 4, 0, 0], [7, 8, 9, 10, 10, 10]]
-    assert shifted([-1, -2], "pad") == [[1, 1, 2, 3, 0, 0], [5, 5, 5, 6, 7, 8]]
-    assert shifted([1, 2], "wrap") == [[2, 3, 4, 1, 0, 0], [7, 8, 9, 10, 5, 6]]
-    assert shifted([-1, -2], "wrap") == [[4, 1, 2, 3, 0, 0], [9, 10, 5, 6, 7, 8]]
-    assert shifted([9, -9], "pad") == [[4, 4, 4, 4, 0, 0], [5, 5, 5, 5, 5, 5]]
-    assert shifted([0, 6], "wrap") == sequence[..., 0].long().tolist()
-
-
-def test_unit_says_which_side_moves():
-    acoustic, acoustic_lengths, text, text_lengths = batch()
-    for unit in ("token", "frame"):
-        shifter = Misalignment(mode="fixed", unit=unit, maximum=2)
-        a, t = shifter(acoustic, acoustic_lengths, text, text_lengths)
-        assert torch.equal(a, acoustic) == (unit == "token")
-        assert torch.equal(t, text) == (unit == "frame")
-        moved, source = (t[0], text[0]) if unit == "token" else (a[0], acoustic[0])
-        assert torch.equal(moved[:-2], source[2:])
-
-
-@pytest.mark.parametrize("mode", ["off", False])
-def test_no_shift_when_off_or_in_evaluation(mode):
-    acoustic, acoustic_lengths, text, text_lengths = batch()
-    for shifter in (Misalignment(mode=mode), Misalignment(mode="fixed", maximum=2).eval()):
-        a, t = shifter(acoustic, acoustic_lengths, text, text_lengths)
-        assert a is acoustic and t is text
-
-
-def test_random_draws_every_shift_equally_often():
-    by = Misalignment(mode="random", maximum=2).draw(5000, torch.device("cpu"))
-    counts = torch.bincount(by + 2, minlength=5)
-    assert len(counts) == 5
-    assert (counts / 5000 - 0.2).abs().max() < 0.03
-
-
-def largest_shifts(shifter, steps):
-    return [int(shifter.draw(500, torch.device("cpu")).abs().max()) for _ in range(steps)]
-
-
-def test_curriculum_shrinks_to_nothing_and_resumes_from_a_checkpoint():
-    shifter = Misalignment(mode="curriculum", maximum=4, curriculum_steps=8)
-    first = largest_shifts(shifter, 5)
-    resumed = Misalignment(mode="curriculum", maximum=4, curriculum_steps=8)
-    resumed.load_state_dict(shifter.state_dict())
-    assert first + largest_shifts(resumed, 5) == [4, 4, 3, 2, 2, 2, 1, 0, 0, 0]
-    everything = shifter.draw(500, torch.device("cpu"))
-    assert set(everything.tolist()) == {-2, -1, 0, 1, 2}
-
-
-def test_curriculum_counts_training_forwards_only():
-    shifter = Misalignment(mode="curriculum", maximum=4, curriculum_steps=8)
-    shifter.eval()(*batch())
-    assert shifter.steps == 0
-    shifter.train()(*batch())
-    assert shifter.steps == 1
-
-
-def test_token_shift_moves_the_target_and_the_mask_stays():
-    """The loss with a fixed shift of 1 equals the loss against the moved text, by hand."""
-    model = transfer(misalignment={"mode": "fixed", "maximum": 1})
-    acoustic, acoustic_lengths, text, text_lengths = batch()
-    moved = text.clone()
-    moved[0, :5], moved[1, :3] = text[0, 1:6], text[1, 1:4]
-    loss = model(acoustic, acoustic_lengths, text, text_lengths)
-    assert torch.allclose(loss, model.eval()(acoustic, acoustic_lengths, moved, text_lengths))
-    assert not torch.allclose(loss, model(acoustic, acoustic_lengths, text, text_lengths))
-
-
 # Loss
-
-
-def test_loss_by_hand():
-    text = torch.tensor([[[1.0, 0], [0, 2]], [[3, 0], [9, 9]], [[0, 0], [0, 0]]])
-    zhat = torch.tensor([[[5.0, 0], [1, 1]], [[-1, 0], [1, 0]], [[1, 2], [3, 4]]])
-    mask = torch.tensor([[True, True], [True, False], [False, False]])
-    first, second = 1 - math.sqrt(0.5), 2.0
-    for reduction, expected in (("sum", first + second), ("mean", first / 2 + second)):
-        loss = cosine_alignment_loss(zhat, text, mask, reduction)
-        assert loss.item() == pytest.approx(expected / 2, abs=1e-6)
 
 
 def test_utterance_without_transcript_has_no_loss():
@@ -342,24 +252,21 @@ def test_diagnostics_roll_only_those_with_text_and_need_two():
         ({"alpha": -0.1}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
         ({"alpha": "half"}, "alpha"),
-        ({"reduction": "max"}, "reduction .* mean or sum"),
-        ({"alignment": {"head": 4}}, "alignment: unknown key head .known: width, heads, layers"),
+        ({"reduction": "max"}, "reduction .* mean, sum"),
+        ({"alignment": {"head": 4}}, "alignment .transformer.: unknown key head .* mean heads"),
+        ({"alignment": {"type": "sinkorn"}}, "alignment.type .* did you mean sinkhorn"),
         ({"alignment": {"heads": "four"}}, "alignment.heads .*'four'"),
         ({"alignment": {"heads": 3, "width": 16}}, "heads 3 does not divide"),
         ({"alignment": {"layers": 0}}, "alignment.layers"),
         ({"alignment": {"width": 16.0}}, "alignment.width"),
         ({"alignment": {"dropout": 1.0}}, "alignment.dropout"),
-        ({"alignment": {"query": "audio"}}, "alignment.query .* position or text"),
+        ({"alignment": {"query": "audio"}}, "alignment.query must be one of position, text"),
         ({"alignment": {"residual": "no"}}, "alignment.residual"),
         ({"alignment": [1]}, "alignment must be a mapping"),
-        ({"misalignment": {"mode": "sometimes"}}, "misalignment.mode .* off, fixed, random"),
-        ({"misalignment": {"mode": True}}, "misalignment.mode"),
-        ({"misalignment": {"unit": "second"}}, "misalignment.unit .* token, frame"),
-        ({"misalignment": {"edges": ["pad"]}}, "misalignment.edges"),
-        ({"misalignment": {"maximum": -1}}, "misalignment.maximum"),
-        ({"misalignment": {"maximum": 1.5}}, "misalignment.maximum"),
-        ({"misalignment": {"curriculum_steps": 0}}, "misalignment.curriculum_steps"),
-        ({"misalignment": {"max": 1}}, "misalignment: unknown key max .known: mode, unit, maximum"),
+        (
+            {"misalignment": {"max": 1}},
+            "misalignment: unknown key max .known: mode, unit, side, maximum",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(conf, words):

@@ -4,39 +4,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-def lengths_to_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
-    """Return (B, size), true where a position is valid."""
-    return torch.arange(size, device=lengths.device)[None] < lengths[:, None]
-
-
-def relative_positions(lengths: torch.Tensor, size: int) -> torch.Tensor:
-    """Return (B, size): the middle of position t as a share of the valid length."""
-    steps = torch.arange(size, device=lengths.device, dtype=torch.float32) + 0.5
-    return steps[None] / lengths.clamp(min=1)[:, None]
-
-
-def order_distance(
-    token_lengths: torch.Tensor, tokens: int, frame_lengths: torch.Tensor, frames: int
-) -> torch.Tensor:
-    """Return (B, T_t, T_a): how far frame j is from token i's place in the time order, squared.
-
-    d_ij = |i/n - j/m| / sqrt(1/n^2 + 1/m^2) with n tokens and m frames (Lu et al. 2409.02239):
-    with many more frames than tokens, the unit of d is the length of one token.
-    """
-    at_token = relative_positions(token_lengths, tokens)[:, :, None]
-    at_frame = relative_positions(frame_lengths, frames)[:, None, :]
-    scale = token_lengths.clamp(min=1) ** -2.0 + frame_lengths.clamp(min=1) ** -2.0
-    return (at_token - at_frame) ** 2 / scale[:, None, None]
-
-
-def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """Encode positions in [0, 1] (B, T) as sines and cosines (B, T, width)."""
-    half = width // 2
-    octaves = torch.arange(half, device=positions.device) / half
-    angles = positions[..., None] * 2 * torch.pi * 64.0**octaves
-    encoded = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    return F.pad(encoded, (0, width - encoded.shape[-1]))
+from cmkt.transfer.alignment.base import Aligned
+from cmkt.transfer.sequences import (
+    lengths_to_mask,
+    order_distance,
+    relative_positions,
+    sinusoids,
+)
+from cmkt.transfer.settings import choice, number, truth, whole
 
 
 class CrossAttention(nn.Module):
@@ -125,28 +100,15 @@ class CrossModalityTransformer(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
-        for name, value in (
-            ("acoustic_dim", acoustic_dim),
-            ("linguistic_dim", linguistic_dim),
-            ("width", width),
-            ("heads", heads),
-            ("layers", layers),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"alignment.{name} must be a whole number above 0, not {value!r}")
+        for name, value in (("width", width), ("heads", heads), ("layers", layers)):
+            whole(f"alignment.{name}", value, 1)
         if width % heads:
             raise ValueError(f"alignment.heads {heads} does not divide alignment.width {width}")
-        if (
-            isinstance(dropout, bool)
-            or not isinstance(dropout, int | float)
-            or not 0 <= dropout < 1
-        ):
-            raise ValueError(f"alignment.dropout must be in [0, 1), not {dropout!r}")
-        if query not in ("position", "text"):
-            raise ValueError(f"alignment.query must be position or text, not {query!r}")
-        if not isinstance(residual, bool):
-            raise ValueError(f"alignment.residual must be true or false, not {residual!r}")
+        number("alignment.dropout", dropout, 0, 0.99)
+        choice("alignment.query", query, ("position", "text"))
+        truth("alignment.residual", residual)
         self.width, self.query = width, query
+        self.uses_text, self.has_cost = query == "text", False
         self.from_acoustic = nn.Sequential(
             nn.LayerNorm(acoustic_dim), nn.Linear(acoustic_dim, width)
         )
@@ -164,20 +126,11 @@ class CrossModalityTransformer(nn.Module):
         acoustic_lengths: torch.Tensor,
         text: torch.Tensor,
         text_lengths: torch.Tensor,
+        token_ids: torch.Tensor | None = None,
         need_weights: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Align.
-
-        Args:
-            acoustic: (B, T_a, D_a).
-            acoustic_lengths: (B,) valid frames.
-            text: (B, T_t, D_t).
-            text_lengths: (B,) valid tokens.
-            need_weights: also return the attention weights.
-
-        Returns:
-            zhat (B, T_t, D_t), and the last layer's attention (B, T_t, T_a), mean over the heads,
-            or None.
+    ) -> Aligned:
+        """Align (see `cmkt.transfer.alignment.base`); `weights` is the last layer's attention,
+        the mean over its heads.
         """
         # Half precision would lose the small differences that the cosine is made of.
         with torch.autocast(acoustic.device.type, enabled=False):
@@ -199,4 +152,4 @@ class CrossModalityTransformer(nn.Module):
             for layer in self.layers:
                 last = layer is self.layers[-1]
                 tokens, weights = layer(tokens, frames, distance, valid, need_weights and last)
-            return self.to_text(self.norm(tokens)), weights
+            return Aligned(self.to_text(self.norm(tokens)), weights)
