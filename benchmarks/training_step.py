@@ -22,7 +22,8 @@ def build(path: Path):
     from cmkt.espnet_plugin.train import _parse
 
     args = _parse(TransferEnhancementTask, ["--config", str(path), "--output_dir", "x"], path)
-    args.transfer_conf = {**args.transfer_conf, "linguistic_dim": 384}
+    # Without the statistics of a corpus, which standardised targets would need.
+    args.transfer_conf = {**args.transfer_conf, "linguistic_dim": 384, "standardise": False}
     return TransferEnhancementTask.build_model(args).train()
 
 

@@ -19,6 +19,7 @@ from cmkt.evaluate.results import (
     Run,
     baseline_of,
     collect_runs,
+    controls_of,
     difference_of,
     group_systems,
     mean_of,
@@ -206,21 +207,23 @@ def failure_list(systems: dict[str, list[Run]]) -> str:
 def difference_section(
     name: str, systems: dict[str, list[Run]], has_transfer: dict[str, bool]
 ) -> list[str]:
-    """Write the paired differences of all systems with transfer to their baselines."""
+    """Write the paired differences of all systems with transfer to their baselines and controls."""
     from cmkt.evaluate.metrics import METRICS
 
     metrics, snrs = _metrics_of(systems), _snrs_of(systems)
     here = {system: has_transfer.get(system, False) for system in systems}
-    rows, remarks = [], []
+    pairs, rows, remarks = [], [], []
     for system in (system for system, transfer in here.items() if transfer):
         baseline = baseline_of(system, here)
         if baseline is None:
             remarks.append(f"{system} has no baseline among the scored systems.")
-            continue
-        ours, theirs = systems[system], systems[baseline]
-        pairs = [run for run in ours if run.seed in {other.seed for other in theirs}]
-        if not pairs:
-            remarks.append(f"{system} and {baseline} share no seed: not compared.")
+        others = [*([baseline] if baseline else []), *controls_of(system, here)]
+        pairs += [(system, other) for other in others]
+    for system, other in pairs:
+        ours, theirs = systems[system], systems[other]
+        common = [run for run in ours if run.seed in {run.seed for run in theirs}]
+        if not common:
+            remarks.append(f"{system} and {other} share no seed: not compared.")
             continue
         for snr in [None, *(snrs if len(snrs) > 1 else [])]:
             differences = [difference_of(ours, theirs, metric, snr) for metric in metrics]
@@ -230,10 +233,10 @@ def difference_section(
             ]
             n = max((d.n_utterances for d in differences if d), default=0)
             label = "all" if snr is None else snr
-            rows.append([f"{system} - {baseline}", label, *cells, str(n), seeds_cell(pairs)])
+            rows.append([f"{system} - {other}", label, *cells, str(n), seeds_cell(common)])
     if not rows and not remarks:
         return []
-    sections = [f"### {name}: transfer minus baseline"]
+    sections = [f"### {name}: transfer minus baseline, and minus control"]
     if rows:
         header = [
             "difference",
@@ -244,7 +247,9 @@ def difference_section(
         ]
         sections += [
             "Paired by utterance and seed; 95 % bootstrap interval over utterances and seeds. "
-            '"includes 0": no difference is shown. Intervals from fewer than about five seeds are '
+            '"includes 0": no difference is shown. A gain over the baseline that the control (the '
+            "same training with shuffled text or random vectors) shows as well is no gain by "
+            "knowledge. Intervals from fewer than about five seeds are "
             "too narrow, those from one seed say nothing of other trainings.",
             markdown_table(header, rows),
         ]
@@ -276,7 +281,7 @@ def training_section(
         transfers = {tag: h for tag, h in known.items() if h.last("retrieval_top1") is not None}
         if transfers:
             sections += [
-                "`retrieval`: share of tokens found, by what the acoustic side made of them, as the "
+                "retrieval: share of tokens found, by what the acoustic side made of them, as the "
                 "first or among the first five of the tokens of 100 validation utterances; "
                 "mismatched: with another utterance's acoustics. entropy: 0 if a token is made of "
                 "one frame, 1 if of all alike. monotonicity: share of tokens whose frames lie "

@@ -1,6 +1,7 @@
 """Collects the scores of all experiments and compares systems over utterances and seeds."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from cmkt.evaluate.score import read_scores, snr_groups
 from cmkt.evaluate.statistics import Interval, bootstrap_mean, paired_difference
 from cmkt.stage import MARKER
 
+# `--text_source` whose gain is none of the text's.
+CONTROLS = ("shuffled", "random")
 NOISY = "noisy"
 
 
@@ -108,6 +111,11 @@ def baseline_of(system: str, has_transfer: dict[str, bool]) -> str | None:
         if not transfer and name != NOISY and system.startswith(f"{name}_")
     ]
     return max(candidates, key=len, default=None)
+
+
+def controls_of(system: str, systems: Iterable[str]) -> list[str]:
+    """Return the systems trained as this one, but with other texts that carry no knowledge."""
+    return [name for name in systems if name in {f"{system}_{c}" for c in CONTROLS}]
 
 
 def score_matrix(

@@ -280,6 +280,19 @@ def test_report_paired_difference(experiments):
     ]
 
 
+def test_report_compares_with_the_control_of_the_same_training(experiments):
+    """A gain of 2 over the baseline, of which the shuffled control has 1.5: 0.5 by the text."""
+    for seed in (0, 1):
+        write_system(f"blstm_cmkt_minilm_shuffled_seed{seed}", 2.5, "cmkt")
+        write_system(f"blstm_cmkt_other_seed{seed}", 0, "cmkt")
+    assert main(["report"]) == 0
+    text = (experiments / "RESULTS.md").read_text()
+    row = rows_of(text, "blstm_cmkt_minilm - blstm_cmkt_minilm_shuffled")[0]
+    assert "+0.50 [" in row.split("|")[4]
+    assert not rows_of(text, "blstm_cmkt_other - blstm_cmkt_minilm_shuffled")
+    assert len(rows_of(text, "blstm_cmkt_minilm_shuffled - blstm")) == 3  # all, -5 and 0 dB
+
+
 def test_report_says_when_a_difference_includes_zero(experiments):
     for seed in (0, 1):
         write_system(f"blstm_cmkt_minilm_seed{seed}", 1 + (-1) ** seed, "cmkt")

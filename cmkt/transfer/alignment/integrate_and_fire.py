@@ -37,7 +37,8 @@ def integrate(
     fired = fired / fired[:, -1:].detach().clamp(min=0.5) * token_lengths[:, None]
     steps = torch.arange(tokens, device=logits.device)[:, None]
     filled = (F.pad(fired, (1, 0))[:, None] - steps).clamp(0, 1)  # (B, T_t, 1 + T_a)
-    return filled.diff(dim=-1)
+    # A sum that a GPU adds up in parallel may fall by a rounding error.
+    return filled.diff(dim=-1).clamp(min=0)
 
 
 class IntegrateAndFire(nn.Module):

@@ -3,7 +3,7 @@
 What is differentiated: not the plan. It is a constant in zhat, whose gradient goes through the
 frames that are pooled. On words spoken in noise this trained as well as differentiating all
 iterations did (the same cosine, gap and alignment; the gradients have a cosine of 0.9), and needs
-no memory for them. Differentiating the last update alone, as softmax attention would, did worse. For
+no memory for them. Differentiating the last update alone, as in softmax attention, did worse. For
 the `cost` a constant plan is exact: by the envelope theorem it is the gradient of the regularised
 cost with respect to C.
 """
@@ -20,6 +20,7 @@ from cmkt.transfer.sequences import lengths_to_mask
 from cmkt.transfer.settings import number, whole
 
 NEVER = -1e30  # a score no frame is chosen with; finite, since -inf - -inf is NaN
+FLOOR = -60.0  # e^-60 counts for nothing, and what is below e^-87 is slow on a CPU
 ROUND = 15  # iterations before the scaling factors are moved into the potentials
 RELAXATION = 1.5  # of 1 to 2: how far beyond the plain update to go
 TOLERANCE = 0.02  # share of the mass at the wrong token that is worth a warning
@@ -74,6 +75,12 @@ class Solution(NamedTuple):
         return self.weights * self.mass[:, :, None]
 
 
+def log_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return log sum e^x over a dimension (see `FLOOR`)."""
+    top = x.amax(dim, keepdim=True)
+    return (x - top).clamp_(min=FLOOR).exp_().sum(dim).log() + top.squeeze(dim)
+
+
 @torch.no_grad()
 def solve(
     scores: torch.Tensor,
@@ -105,11 +112,11 @@ def solve(
     scores = scores.masked_fill(~real.both(), NEVER)
 
     def update_tokens(potential):
-        mean = (scores + potential[:, None, :]).logsumexp(2) - m.log()
+        mean = log_sum(scores + potential[:, None, :], 2) - m.log()
         return (-token_strength * mean).masked_fill(~tokens, 0.0), mean
 
     def update_frames(of_tokens):
-        mean = (scores + of_tokens[:, :, None]).logsumexp(1) - n.log()
+        mean = log_sum(scores + of_tokens[:, :, None], 1) - n.log()
         return (-frame_strength * mean).masked_fill(~frames, 0.0)
 
     def relaxed(factor, sums, strength, decay):
@@ -117,13 +124,14 @@ def solve(
         return torch.lerp(factor, new, RELAXATION)
 
     if potential is None:
-        potential = torch.zeros_like(frames, dtype=scores.dtype)
+        potential = torch.zeros_like(frame_share)
+    if not scores.numel():
+        return Solution(scores, token_share, potential, scores.sum((1, 2)))
     for start in range(0, iterations, ROUND):
         of_tokens, _ = update_tokens(potential)
         potential = update_frames(of_tokens)
         kernel = scores + of_tokens[:, :, None] + potential[:, None, :]
-        # What is below e^-60 counts for nothing, and subnormal numbers are slow on a CPU.
-        kernel = kernel.masked_fill_(kernel < -60.0, NEVER).exp_()  # (B, T_t, T_a)
+        kernel = kernel.clamp_(min=FLOOR).exp_()  # (B, T_t, T_a)
         # With a penalty in place of a constraint, a part of the potential decays.
         token_decay = (1 - token_strength) * of_tokens
         frame_decay = (1 - frame_strength) * potential
@@ -139,7 +147,9 @@ def solve(
     of_tokens, mean = update_tokens(potential)
     mass = (of_tokens + mean).exp() * token_share
     residual = ((before + mean).exp() * token_share - mass).abs().sum(1)
-    weights = (scores + potential[:, None, :]).softmax(2).masked_fill(~real.both(), 0.0)
+    weights = (scores + potential[:, None, :]).softmax(2)
+    # Subnormal numbers make products of matrices slow on a CPU.
+    weights = weights.masked_fill(~real.both() | (weights < 1e-26), 0.0)
     return Solution(weights, mass, potential, residual)
 
 
