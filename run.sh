@@ -23,9 +23,7 @@ done
 . "$root/utils/stages.sh"
 # shellcheck source=utils/parse_options.sh
 . "$root/utils/parse_options.sh"
-for name in stage stop_stage nj ngpu fs mix_seed; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--$name takes a number, not '${!name}'" 2
-done
+check_numbers stage stop_stage nj ngpu fs mix_seed
 here=$PWD
 for name in corpus_dir download_dir; do # as seen from where run.sh was called
     [ -z "${!name}" ] || printf -v "$name" %s "$(realpath -m "${!name}")"
@@ -97,6 +95,8 @@ if doing 4 "$skip_data_prep"; then
     for set in $train_set $valid_set; do need "$dumpdir/audio/$set" 2; done
     # shellcheck disable=SC2086
     run cmkt train --collect_stats true $data_options --output_dir "$expdir/stats"
+    # shellcheck disable=SC2086
+    ! grep -q 'name: mimic' $configs || run cmkt train-recogniser $data_options --output_dir "$expdir/recogniser"
 fi
 if doing 5 "$skip_train"; then
     begin 5 train

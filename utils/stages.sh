@@ -7,6 +7,11 @@ find_file() { # a YAML as given, in the recipe, or in the repository
     done
     fail "no such file: $1 (looked here, in $recipe_dir and in the repository)" 2
 }
+check_numbers() { # names of options
+    for name in "$@"; do
+        [[ ${!name} =~ ^[0-9]+$ ]] || fail "--$name takes a number, not '${!name}'" 2
+    done
+}
 run() { if "$dry_run"; then echo "+ $*"; else "$@"; fi; }
 doing() { # is stage $1 wanted? $2: the group's skip switch
     [ "$stage" -le "$1" ] && [ "$1" -le "$stop_stage" ] && ! "$2"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cmkt import __version__
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.rivals import without_rivals
 from cmkt.settings import read_mapping
 from cmkt.stage import Stage, atomic_file
 
@@ -112,6 +113,7 @@ def exported_config(config: dict, sample_rate: int) -> dict:
     kept = {key: config[key] for key in CONFIG_KEYS if key in config}
     # Initialisation is overwritten by the weights; some of ESPnet's kinds come and go.
     kept |= {"init": None, "sample_rate": sample_rate}
+    kept["criterions"] = without_rivals(kept.get("criterions") or [])
     conf = config.get("transfer_conf") or {}
     if config.get("transfer") == "cmkt" and conf.get("feedback") is not None:
         # The one thing of ours that stays in the model. Stock ESPnet would load the rest and leave

@@ -227,15 +227,18 @@ def count_macs(function: Callable[[], object]) -> dict[str, int]:
 
 def as_text(values: dict) -> str:
     """Return what `describe` has measured as lines to read."""
-    transfer = values["transfer_parameters"]
-    taps = [f"{tap['side']} of separator.{tap['module']} (width {tap['width']})"
-            for tap in values["taps"]]  # fmt: skip
+    size = values["transfer_parameters"]
+    transfer = f"{size:,} parameters, in training only" if size else "none"
+    if size is None:
+        transfer = "in training only, of a size that depends on --linguistic_dim"
+    taps = [
+        f"{tap['side']} of separator.{tap['module']} (width {tap['width']})"
+        for tap in values["taps"]
+    ]
     lines = {
         "sample rate": f"{values['sample_rate']} Hz",
         "parameters": f"{values['parameters']:,}",
-        "of the transfer": "unknown without --linguistic_dim (training alone has it)"
-        if transfer is None
-        else f"{transfer:,} (training alone has it)",
+        "transfer": transfer,
         "MACs per second": f"{values['macs_per_second'] / 1e6:,.2f} M",
         "tap": ", ".join(taps) or "none",
     }

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from espnet2.tasks.enh import EnhancementTask
+from espnet2.tasks.enh import EnhancementTask, criterion_choices
 from espnet2.train.trainer import Trainer
 from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import str2bool
@@ -12,12 +12,17 @@ from typeguard import TypeCheckError
 
 import cmkt.espnet_plugin.data  # noqa: F401  registers the data type linguistic_ark
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.criterions import CRITERIONS
 from cmkt.espnet_plugin.data import read_candidates
 from cmkt.espnet_plugin.mixing import EpochIterFactory, SortedCollate, build_mixing
 from cmkt.espnet_plugin.model import CONF_KEYS, TransferEnhancementModel, add_transfer
 from cmkt.espnet_plugin.recurrent import run_layer_by_layer
+from cmkt.espnet_plugin.rivals import fill_sample_rate
 from cmkt.linguistic.statistics import read_statistics
 from cmkt.transfer import Targets
+
+
+criterion_choices.classes.update(CRITERIONS)
 
 
 class TransferTrainer(Trainer):
@@ -172,6 +177,7 @@ class TransferEnhancementTask(EnhancementTask):
     @classmethod
     def build_bare_model(cls, args: argparse.Namespace) -> TransferEnhancementModel:
         """Build the model without the statistics and candidates that come from data."""
+        args.criterions = fill_sample_rate(args.criterions, args.sample_rate)
         try:
             model = super().build_model(args)
         except (TypeError, ValueError, TypeCheckError, AttributeError) as error:

@@ -26,6 +26,7 @@ from typing import TextIO
 
 from cmkt.corpus.datadir import read_table
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.rivals import recognisers
 from cmkt.espnet_plugin.tokens import FOLDER as TOKEN_IDS
 from cmkt.settings import read_mapping
 from cmkt.stage import MARKER, Stage
@@ -76,6 +77,7 @@ def run(args, rest: list[str]) -> None:
         options.pop("transfer", None)
     transfer = wanted == "cmkt" and not collect
     command, inputs = _espnet_command(args, rest, transfer, collect)
+    inputs += recognisers(config.get("criterions") or [])
     mixing = _mixing(args) if not collect else {}
     if mixing:
         options["mixing"] = mixing
