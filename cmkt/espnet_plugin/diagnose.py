@@ -1,10 +1,11 @@
 """Measure on any set what a training with transfer has learnt of the text.
 
-Printed, and written to EXP/diagnostics/<set>.json, are what training logs on its validation set:
+Printed, and written to EXP/diagnostics/<set>.json, is what training logs on its validation set:
 `loss_se`, `loss_cma`, `cos_matched`, `cos_mismatched` and `transfer_gap`; `retrieval_top1` and
-`retrieval_top5`, the shares of tokens found among those of 100 utterances (with `_mismatched`: from the
-acoustics of another utterance); `alignment_entropy`, `alignment_monotonicity`; `gradient_share`, the
-transfer's share of the two losses' gradient norms at the tap. docs/method.md says what they mean.
+`retrieval_top5`, the shares of tokens found among those of 100 utterances (`_mismatched`: from the
+acoustics of another utterance); `alignment_entropy` and `alignment_monotonicity`;
+`gradient_share`, the transfer's share of the two losses' gradient norms at the tap. docs/method.md
+says what they mean.
 
 The set needs mixtures (stage 2) and LLM features of the same language model (stage 3):
 

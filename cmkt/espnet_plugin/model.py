@@ -115,7 +115,7 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
         self._compare_next = True
 
     def enhancement_loss(self, loss: torch.Tensor, stats: dict) -> torch.Tensor:
-        """Return the enhancement loss alone, without the criterions that are rivals of the transfer.
+        """Return the enhancement loss alone, without the rivals among the criterions.
 
         Args:
             loss: the weighted sum of all criterions.

@@ -21,7 +21,6 @@ from cmkt.espnet_plugin.rivals import fill_sample_rate
 from cmkt.linguistic.statistics import read_statistics
 from cmkt.transfer import Targets
 
-
 criterion_choices.classes.update(CRITERIONS)
 
 

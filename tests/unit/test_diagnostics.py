@@ -12,7 +12,7 @@ EYE = torch.eye(8)
 
 
 def test_retrieval_by_hand():
-    # Token 0 is nearest to its own vector; for token 1 three candidates are nearer, for token 2 six.
+    # Nearer than the own vector are none, three and six candidates.
     zhat = torch.tensor([
         [1.0, 0, 0, 0, 0, 0, 0, 0],
         [0.0, 1, 2, 2, 2, 0, 0, 0],
@@ -40,7 +40,7 @@ def test_entropy_and_monotonicity_by_hand():
         [[0, 0, 1.0, 0], [0, 1.0, 0, 0], [0.5, 0.5, 0, 0]],
     ])  # fmt: skip
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    # Entropies over log 4: 0, 1/2, 1, 0, 0. The centres 0, 1.5, 1.5; 2, 1: one of three steps is up.
+    # Entropies over log 4: 0, 1/2, 1, 0, 0. Centres 0, 1.5, 1.5; 2, 1: one step of three is up.
     frames = torch.tensor([4, 4])
     assert entropy(weights, mask, frames).item() == pytest.approx((0.5 + 1) / 5)
     assert monotonicity(weights, mask).item() == pytest.approx(1 / 3)

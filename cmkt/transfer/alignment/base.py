@@ -1,6 +1,7 @@
 """What every alignment is given and returns.
 
-An alignment is an `nn.Module` built as `Kind(acoustic_dim, linguistic_dim, **settings)` and called as
+An alignment is an `nn.Module`, built as `Kind(acoustic_dim, linguistic_dim, **settings)` and called
+as
 
     aligned = alignment(acoustic, acoustic_lengths, text, text_lengths, token_ids=None,
                         need_weights=False)
