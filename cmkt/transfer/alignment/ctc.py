@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmkt.transfer.alignment.base import Aligned
+from cmkt.transfer.alignment.base import Aligned, Alignment, Inputs
 from cmkt.transfer.sequences import lengths_to_mask
 from cmkt.transfer.settings import whole
 
@@ -47,7 +47,7 @@ def posteriors(
     return nll.detach() - (offset * valid).sum(-1), shares
 
 
-class MonotonicCTC(nn.Module):
+class MonotonicCTC(Alignment):
     """Make zhat of the frames that a CTC head assigns to each token.
 
     Connectionist temporal classification: Graves et al., ICML 2006. The head gives each frame
@@ -76,8 +76,6 @@ class MonotonicCTC(nn.Module):
         ValueError: a value of the wrong type or outside its range.
     """
 
-    uses_text = has_cost = False
-
     def __init__(self, acoustic_dim: int, linguistic_dim: int, vocabulary: int, width: int = 128):
         super().__init__()
         self.vocabulary = whole("alignment.vocabulary", vocabulary, 1)
@@ -89,72 +87,57 @@ class MonotonicCTC(nn.Module):
         self.to_text = nn.Linear(width, linguistic_dim)
         self._warned = False
 
-    def forward(
-        self,
-        acoustic: torch.Tensor,
-        acoustic_lengths: torch.Tensor,
-        text: torch.Tensor,
-        text_lengths: torch.Tensor,
-        token_ids: torch.Tensor | None = None,
-        need_weights: bool = False,
-    ) -> Aligned:
-        """Align (see `cmkt.transfer.alignment.base`); `loss` is the CTC loss per token.
+    def align(self, inputs: Inputs, need_weights: bool) -> Aligned:
+        """Align; `loss` is the CTC loss per token.
 
         Raises:
             ValueError: no token ids, or an id that is not in the vocabulary.
         """
-        with torch.autocast(acoustic.device.type, enabled=False):
-            frame_lengths = acoustic_lengths.to(acoustic.device)
-            token_lengths = text_lengths.to(acoustic.device)
-            valid = lengths_to_mask(frame_lengths, acoustic.shape[1])
-            ids, fits = self._read(token_ids, text, frame_lengths, token_lengths)
+        ids, fits = self._read(inputs)
+        frames = self.from_acoustic(inputs.acoustic)
+        # Of the vocabulary only the sum is wanted, and the scores of this text and the blank.
+        rows = F.pad(ids, (1, 0), value=self.vocabulary)  # (B, 1 + T_t)
+        towards = F.embedding(rows, self.head.weight).transpose(1, 2)  # (B, width, 1 + T_t)
+        scores = torch.baddbmm(self.head.bias[rows][:, None], frames, towards)
+        log_probs = scores - self.head(frames).logsumexp(-1, keepdim=True)
+        # What does not fit is given a path all the same, which is then left out.
+        lengths = torch.where(fits, inputs.frame_lengths, 1), inputs.token_lengths * fits
+        nll, shares = posteriors(log_probs, *lengths)
+        shares = shares * fits[:, None, None]  # (B, T_a, 1 + T_t)
+        # nll and this expectation over the paths have the same gradient; they differ by the
+        # entropy of the paths.
+        expected = -(shares * log_probs).sum((1, 2))
+        loss = expected + (nll * fits - expected).detach()
 
-            frames = self.from_acoustic(acoustic.float().masked_fill(~valid[..., None], 0.0))
-            # Of the vocabulary only the sum is wanted, and the scores of this text and the blank.
-            rows = F.pad(ids, (1, 0), value=self.vocabulary)  # (B, 1 + T_t)
-            towards = F.embedding(rows, self.head.weight).transpose(1, 2)  # (B, width, 1 + T_t)
-            scores = torch.baddbmm(self.head.bias[rows][:, None], frames, towards)
-            log_probs = scores - self.head(frames).logsumexp(-1, keepdim=True)
-            # What does not fit is given a path all the same, which is then left out.
-            nll, shares = posteriors(
-                log_probs, torch.where(fits, frame_lengths, 1), token_lengths * fits
-            )
-            shares = shares * fits[:, None, None]  # (B, T_a, 1 + T_t)
-            # nll and this expectation over the paths have the same gradient; they differ by the
-            # entropy of the paths.
-            expected = -(shares * log_probs).sum((1, 2))
-            loss = expected + (nll * fits - expected).detach()
+        weights = torch.where(fits[:, None, None], shares[..., 1:].transpose(1, 2), 1.0)
+        weights = weights * inputs.tokens[:, :, None] * inputs.frames[:, None]  # (B, T_t, T_a)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+        return Aligned(
+            zhat=self.to_text(weights @ frames),
+            weights=weights if need_weights else None,
+            loss=loss / inputs.token_lengths.clamp(min=1),
+        )
 
-            inside = lengths_to_mask(token_lengths, text.shape[1])[:, :, None] & valid[:, None]
-            weights = torch.where(fits[:, None, None], shares[..., 1:].transpose(1, 2), 1.0)
-            weights = weights * inside  # (B, T_t, T_a)
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
-            return Aligned(
-                zhat=self.to_text(weights @ frames),
-                weights=weights if need_weights else None,
-                loss=loss / token_lengths.clamp(min=1),
-            )
-
-    def _read(self, token_ids, text, frame_lengths, token_lengths):
+    def _read(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids (B, T_t) that are all in the vocabulary, and which utterances fit (B,)."""
+        shape, token_ids = inputs.text.shape[:2], inputs.token_ids
         if token_ids is None:
-            if token_lengths.any():
+            if inputs.token_lengths.any():
                 raise ValueError("alignment ctc needs token ids beside the text")
-            token_ids = text.new_zeros(text.shape[:2])
-        if token_ids.shape != text.shape[:2]:
+            token_ids = inputs.text.new_zeros(shape)
+        if token_ids.shape != shape:
             raise ValueError(
                 f"alignment ctc: token ids of shape {tuple(token_ids.shape)} for a text of "
-                f"{tuple(text.shape[:2])}"
+                f"{tuple(shape)}"
             )
-        inside = lengths_to_mask(token_lengths, text.shape[1])
-        ids = token_ids.to(token_lengths.device).long().masked_fill(~inside, 0)
+        ids = token_ids.to(inputs.tokens.device).long().masked_fill(~inputs.tokens, 0)
         if (ids >= self.vocabulary).any():
             raise ValueError(
                 f"alignment ctc: token id {int(ids.max())} is not below alignment.vocabulary "
                 f"{self.vocabulary}"
             )
         known = (ids >= 0).all(-1)
-        too_long = known & (frame_lengths < token_lengths)
+        too_long = known & (inputs.frame_lengths < inputs.token_lengths)
         # Evaluation also pairs a text with the frames of another utterance.
         if self.training and not self._warned and too_long.any():
             self._warned = True
@@ -162,4 +145,4 @@ class MonotonicCTC(nn.Module):
                 "alignment ctc: an utterance with fewer frames than tokens has no loss",
                 stacklevel=3,
             )
-        return ids.clamp(min=0), known & ~too_long & (token_lengths > 0)
+        return ids.clamp(min=0), known & ~too_long & (inputs.token_lengths > 0)

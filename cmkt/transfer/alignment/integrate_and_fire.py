@@ -4,8 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmkt.transfer.alignment.base import Aligned
-from cmkt.transfer.sequences import lengths_to_mask
+from cmkt.transfer.alignment.base import Aligned, Alignment, Inputs
 from cmkt.transfer.settings import whole
 
 # A fresh module fires once in 1 + e^3 = 21 frames, about as often as speech has tokens.
@@ -41,7 +40,7 @@ def integrate(
     return filled.diff(dim=-1).clamp(min=0)
 
 
-class IntegrateAndFire(nn.Module):
+class IntegrateAndFire(Alignment):
     """Make zhat by continuous integrate-and-fire.
 
     Dong & Xu, 1905.11235; for the transfer from a language model Deng et al., 2203.03582. Each
@@ -61,8 +60,6 @@ class IntegrateAndFire(nn.Module):
         ValueError: a value of the wrong type or outside its range.
     """
 
-    uses_text = has_cost = False
-
     def __init__(self, acoustic_dim: int, linguistic_dim: int, width: int = 128, kernel: int = 3):
         super().__init__()
         whole("alignment.width", width, 1)
@@ -76,26 +73,14 @@ class IntegrateAndFire(nn.Module):
         nn.init.constant_(self.to_logit.bias, LOGIT_AT_START)
         self.to_text = nn.Linear(width, linguistic_dim)
 
-    def forward(
-        self,
-        acoustic: torch.Tensor,
-        acoustic_lengths: torch.Tensor,
-        text: torch.Tensor,
-        text_lengths: torch.Tensor,
-        token_ids: torch.Tensor | None = None,
-        need_weights: bool = False,
-    ) -> Aligned:
-        """Align (see `cmkt.transfer.alignment.base`); `loss` is the quantity loss."""
-        with torch.autocast(acoustic.device.type, enabled=False):
-            text_lengths = text_lengths.to(acoustic.device)
-            valid = lengths_to_mask(acoustic_lengths.to(acoustic.device), acoustic.shape[1])
-            outside = ~valid[..., None]
-            frames = self.from_acoustic(acoustic.float().masked_fill(outside, 0.0))
-            # Masked again, or the last frames would see the padding's bias.
-            frames = frames.masked_fill(outside, 0.0)  # (B, T_a, width)
-            context = F.gelu(self.context(frames.transpose(1, 2))).transpose(1, 2)
-            logits = self.to_logit(context)[..., 0]  # (B, T_a)
-            weights = integrate(logits, valid, text_lengths, text.shape[1])
-            quantity = (logits.sigmoid() * valid).sum(-1)
-            loss = (quantity - text_lengths).abs() / text_lengths.clamp(min=1)
-            return Aligned(self.to_text(weights @ frames), weights if need_weights else None, loss)
+    def align(self, inputs: Inputs, need_weights: bool) -> Aligned:
+        """Align; `loss` is the quantity loss."""
+        outside = ~inputs.frames[..., None]
+        # Masked again, or the last frames would see the padding's bias.
+        frames = self.from_acoustic(inputs.acoustic).masked_fill(outside, 0.0)  # (B, T_a, width)
+        context = F.gelu(self.context(frames.transpose(1, 2))).transpose(1, 2)
+        logits = self.to_logit(context)[..., 0]  # (B, T_a)
+        weights = integrate(logits, inputs.frames, inputs.token_lengths, inputs.text.shape[1])
+        quantity = (logits.sigmoid() * inputs.frames).sum(-1)
+        loss = (quantity - inputs.token_lengths).abs() / inputs.token_lengths.clamp(min=1)
+        return Aligned(self.to_text(weights @ frames), weights if need_weights else None, loss)

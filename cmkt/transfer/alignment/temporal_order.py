@@ -1,5 +1,8 @@
 """Optimal transport that keeps the order of time."""
 
+import torch
+
+from cmkt.transfer.alignment.base import Inputs
 from cmkt.transfer.alignment.transport import Sinkhorn
 from cmkt.transfer.sequences import order_distance
 from cmkt.transfer.settings import number
@@ -35,7 +38,8 @@ class TemporalOrderTransport(Sinkhorn):
         super().__init__(acoustic_dim, linguistic_dim, width, eps, iterations)
         self.sigma = number("alignment.sigma", sigma, 0.01)
 
-    def log_prior(self, text_lengths, tokens, frame_lengths, frames):
+    def log_prior(self, inputs: Inputs) -> torch.Tensor:
         """Return -d^2 / (2 sigma^2), (B, T_t, T_a)."""
-        distance = order_distance(text_lengths, tokens, frame_lengths, frames)
+        tokens, frames = inputs.text.shape[1], inputs.acoustic.shape[1]
+        distance = order_distance(inputs.token_lengths, tokens, inputs.frame_lengths, frames)
         return -distance / (2 * self.sigma**2)

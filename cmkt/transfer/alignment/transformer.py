@@ -4,13 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmkt.transfer.alignment.base import Aligned
-from cmkt.transfer.sequences import (
-    lengths_to_mask,
-    order_distance,
-    relative_positions,
-    sinusoids,
-)
+from cmkt.transfer.alignment.base import Aligned, Alignment, Inputs
+from cmkt.transfer.sequences import order_distance, relative_positions, sinusoids
 from cmkt.transfer.settings import choice, number, truth, whole
 
 
@@ -68,7 +63,7 @@ class Layer(nn.Module):
         return tokens + self.inner(self.norm_inner(tokens)), weights
 
 
-class CrossModalityTransformer(nn.Module):
+class CrossModalityTransformer(Alignment):
     """Make zhat, one vector in the text space for each token, from the acoustic sequence.
 
     Args:
@@ -108,7 +103,7 @@ class CrossModalityTransformer(nn.Module):
         choice("alignment.query", query, ("position", "text"))
         truth("alignment.residual", residual)
         self.width, self.query = width, query
-        self.uses_text, self.has_cost = query == "text", False
+        self.uses_text = query == "text"
         self.from_acoustic = nn.Sequential(
             nn.LayerNorm(acoustic_dim), nn.Linear(acoustic_dim, width)
         )
@@ -120,36 +115,17 @@ class CrossModalityTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.to_text = nn.Linear(width, linguistic_dim)
 
-    def forward(
-        self,
-        acoustic: torch.Tensor,
-        acoustic_lengths: torch.Tensor,
-        text: torch.Tensor,
-        text_lengths: torch.Tensor,
-        token_ids: torch.Tensor | None = None,
-        need_weights: bool = False,
-    ) -> Aligned:
-        """Align (see `cmkt.transfer.alignment.base`); `weights` is the last layer's attention,
-        the mean over its heads.
-        """
-        # Half precision would lose the small differences that the cosine is made of.
-        with torch.autocast(acoustic.device.type, enabled=False):
-            acoustic_lengths = acoustic_lengths.to(acoustic.device)
-            text_lengths = text_lengths.to(text.device)
-            sizes = text.shape[1], acoustic.shape[1]
-            distance = order_distance(text_lengths, sizes[0], acoustic_lengths, sizes[1])
-            valid = lengths_to_mask(acoustic_lengths, sizes[1])
-            # Zeros in the padding: a NaN there would pass through a weight of 0.
-            acoustic = acoustic.float().masked_fill(~valid[..., None], 0.0)
-            at_frame = relative_positions(acoustic_lengths, sizes[1])
-            frames = self.from_acoustic(acoustic) + sinusoids(at_frame, self.width)
-            tokens = sinusoids(relative_positions(text_lengths, sizes[0]), self.width)
-            if self.query == "text":
-                known = lengths_to_mask(text_lengths, sizes[0])
-                text = text.float().masked_fill(~known[..., None], 0.0)
-                tokens = tokens + self.from_text(text)
-            weights = None
-            for layer in self.layers:
-                last = layer is self.layers[-1]
-                tokens, weights = layer(tokens, frames, distance, valid, need_weights and last)
-            return Aligned(self.to_text(self.norm(tokens)), weights)
+    def align(self, inputs: Inputs, need_weights: bool) -> Aligned:
+        """Align; `weights` is the last layer's attention, the mean over its heads."""
+        sizes = inputs.text.shape[1], inputs.acoustic.shape[1]
+        distance = order_distance(inputs.token_lengths, sizes[0], inputs.frame_lengths, sizes[1])
+        at_frame = relative_positions(inputs.frame_lengths, sizes[1])
+        frames = self.from_acoustic(inputs.acoustic) + sinusoids(at_frame, self.width)
+        tokens = sinusoids(relative_positions(inputs.token_lengths, sizes[0]), self.width)
+        if self.query == "text":
+            tokens = tokens + self.from_text(inputs.text)
+        weights = None
+        for layer in self.layers:
+            last = layer is self.layers[-1]
+            tokens, weights = layer(tokens, frames, distance, inputs.frames, need_weights and last)
+        return Aligned(self.to_text(self.norm(tokens)), weights)

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmkt.transfer.alignment.base import Aligned
-from cmkt.transfer.sequences import lengths_to_mask
+from cmkt.transfer.alignment.base import Aligned, Alignment, Inputs
 from cmkt.transfer.settings import number, whole
 
 NEVER = -1e30  # a score no frame is chosen with; finite, since -inf - -inf is NaN
@@ -38,13 +37,10 @@ class Pairs(NamedTuple):
     frames: torch.Tensor
 
     @classmethod
-    def of(cls, text_lengths, tokens: int, frame_lengths, frames: int) -> "Pairs":
-        """Make it for padded sequences of these lengths (B,) and sizes."""
-        both = (text_lengths > 0) & (frame_lengths > 0)
-        return cls(
-            lengths_to_mask(text_lengths * both, tokens),
-            lengths_to_mask(frame_lengths * both, frames),
-        )
+    def of(cls, inputs: Inputs) -> "Pairs":
+        """Make it for a batch."""
+        both = ((inputs.token_lengths > 0) & (inputs.frame_lengths > 0))[:, None]
+        return cls(inputs.tokens & both, inputs.frames & both)
 
     def both(self) -> torch.Tensor:
         """Return (B, T_t, T_a), true where token and frame are real."""
@@ -193,7 +189,7 @@ class TextSpace(nn.Module):
         return Frames(inner, inner * squared.clamp(min=1e-12).rsqrt(), basis)
 
 
-class Sinkhorn(nn.Module):
+class Sinkhorn(Alignment):
     """Each token takes its share of the frames: entropic optimal transport.
 
     C_ij = 1 - cos(z_i, f_j), f_j the projected frames; g the plan between uniform marginals with
@@ -232,7 +228,7 @@ class Sinkhorn(nn.Module):
         self.strengths = (1.0, 1.0)  # of the marginals, tokens and frames; see `solve`
         self.calls, self.warned = 0, False
 
-    def log_prior(self, text_lengths, tokens, frame_lengths, frames):
+    def log_prior(self, inputs: Inputs) -> torch.Tensor | float:
         """Return what is added to -C / eps, (B, T_t, T_a) or a number."""
         return 0.0
 
@@ -252,30 +248,14 @@ class Sinkhorn(nn.Module):
         solution = solve(scores, real, self.iterations, *self.strengths)
         return solution, (solution.plan() * distance).sum((1, 2))
 
-    def forward(
-        self,
-        acoustic: torch.Tensor,
-        acoustic_lengths: torch.Tensor,
-        text: torch.Tensor,
-        text_lengths: torch.Tensor,
-        token_ids: torch.Tensor | None = None,
-        need_weights: bool = False,
-    ) -> Aligned:
-        """Align (see `cmkt.transfer.alignment.base`)."""
-        # Half precision would lose the small differences that the cosine is made of.
-        with torch.autocast(acoustic.device.type, enabled=False):
-            acoustic_lengths = acoustic_lengths.to(acoustic.device)
-            text_lengths = text_lengths.to(acoustic.device)
-            sizes = text_lengths, text.shape[1], acoustic_lengths, acoustic.shape[1]
-            real = Pairs.of(*sizes)
-            # Zeros in the padding: a NaN there would pass through a weight of 0.
-            acoustic = acoustic.float().masked_fill(~real.frames[..., None], 0.0)
-            text = text.float().masked_fill(~real.tokens[..., None], 0.0)
-            frames = self.project(acoustic)
-            solution, cost = self.transport(text, frames, self.log_prior(*sizes), real)
-            self._check(solution.residual)
-            weights = solution.weights
-            return Aligned(frames.pooled(weights), weights if need_weights else None, cost=cost)
+    def align(self, inputs: Inputs, need_weights: bool) -> Aligned:
+        """Align; `cost` is that of the plan."""
+        real = Pairs.of(inputs)
+        frames = self.project(inputs.acoustic)
+        solution, cost = self.transport(inputs.text, frames, self.log_prior(inputs), real)
+        self._check(solution.residual)
+        weights = solution.weights
+        return Aligned(frames.pooled(weights), weights if need_weights else None, cost=cost)
 
     def _check(self, residual: torch.Tensor) -> None:
         """Warn once; looks at calls 1, 2, 4, 8 ... only, since looking waits for the GPU."""
