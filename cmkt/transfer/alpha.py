@@ -124,8 +124,7 @@ class BalancedGradients(nn.Module):
         return of_se * loss_se + of_cma * loss_cma
 
     def _measure(self, loss_se, loss_cma, stream) -> None:
-        # Scaled alike, so that in float16 small gradients do not become 0.
-        of_se, of_cma = (gradient_norm(1024 * loss, stream) for loss in (loss_se, loss_cma))
+        of_se, of_cma = (gradient_norm(loss, stream) for loss in (loss_se, loss_cma))
         weight = self.share / (1 - self.share) * of_se / of_cma
         if weight.isfinite() and weight > 0:
             kept = self.smoothing if self.weight > 0 else 0.0

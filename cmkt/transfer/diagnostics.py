@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+SCALE = 1024  # of a loss for its gradient, so that in float16 small ones do not become 0
+
 
 def retrieval(
     zhat: torch.Tensor,
@@ -70,7 +72,7 @@ def gradient_norm(loss: torch.Tensor, stream: list[torch.Tensor]) -> torch.Tenso
     if not loss.requires_grad:
         return loss.new_zeros(())
     with torch.enable_grad():
-        loss = loss.sum()
+        loss = SCALE * loss.sum()
     parts = torch.autograd.grad(loss, stream, retain_graph=True, allow_unused=True)
     squares = [part.float().square().sum() for part in parts if part is not None]
-    return torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
+    return torch.stack(squares).sum().sqrt() / SCALE if squares else loss.new_zeros(())

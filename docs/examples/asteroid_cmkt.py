@@ -1,7 +1,7 @@
 """Cross-modality transfer in an Asteroid training, on synthetic data: seconds on a CPU.
 
-Needs cmkt and `pip install asteroid`, 0.7 or later. The words are tones; a language model's
-embeddings of them are random vectors here. What is yours to write is marked CMKT.
+Needs cmkt and `pip install asteroid`. The words are tones, and the language model's embeddings of
+them random vectors. What the transfer adds to a training is marked CMKT.
 """
 
 import math
@@ -14,49 +14,47 @@ from torch.utils.data import DataLoader
 
 from cmkt.transfer import CrossModalTransfer
 
-RATE = 8000
 torch.manual_seed(0)
-pitch, embedding = 200 + 150 * torch.arange(20), torch.randn(20, 32)  # of 20 words
+pitch, embedding = 200 + 150 * torch.arange(20), torch.randn(20, 32)  # of 20 words, in Hz
 
 
 def make_batch():
-    words = torch.randint(20, (8, 6))  # 8 utterances of 6 words, 0.16 s a word
-    turns = pitch[words].repeat_interleave(1280, dim=1).cumsum(1) / RATE
-    clean = torch.sin(2 * math.pi * turns)  # (B, N)
+    """Return noisy and clean speech (B, N), and the words (B, T_t) in it."""
+    words = torch.randint(20, (8, 6))  # 8 utterances of 6 words, 1280 samples a word
+    turns = pitch[words].repeat_interleave(1280, dim=1).cumsum(1) / 8000
+    clean = torch.sin(2 * math.pi * turns)
     return clean + torch.randn_like(clean), clean, words
 
 
 class Enhancement(System):
-    def __init__(self, model, transfer, train_loader, val_loader):
-        parameters = [*model.parameters(), *transfer.parameters()]  # CMKT: both are trained
-        optimizer, loss = torch.optim.Adam(parameters, 3e-3), torch.nn.L1Loss()
-        super().__init__(model, optimizer, loss, train_loader, val_loader)
-        self.transfer = transfer
-        # CMKT: a hook keeps what the mask is made of, (B, 64, T_a).
-        model.masker.mask_net.register_forward_pre_hook(lambda module, x: self.keep(x[0]))
+    """A usual enhancement training, plus the transfer."""
 
-    def keep(self, hidden):
-        self.hidden = hidden.transpose(1, 2)  # (B, T_a, 64)
-
-    def common_step(self, batch, batch_nb, train=True):
+    def common_step(self, batch, batch_nb, train=True):  # noqa: D102
         noisy, clean, words = batch
         loss_se = self.loss_func(self(noisy)[:, 0], clean)
-        hidden, text = self.hidden, embedding[words]  # CMKT: (B, T_a, 64), (B, T_t, 32)
+        hidden, text = self.hidden, embedding[words]  # CMKT: (B, T_a, 64) and (B, T_t, 32)
         frames, tokens = (torch.full((len(x),), x.shape[1]) for x in (hidden, text))
         loss_cma = self.transfer(hidden, frames, text, tokens)
         if not train:
-            values = self.transfer.diagnostics(hidden, frames, text, tokens)
-            values = {"loss_se": loss_se, "loss_cma": loss_cma, **values}
-            print("  ".join(f"{name} {value.item():.3f}" for name, value in values.items()))
+            print(f"loss_se {loss_se.item():.3f}  loss_cma {loss_cma.item():.3f}")
+            self.values = self.transfer.diagnostics(hidden, frames, text, tokens)
         return self.transfer.combine(loss_se, loss_cma)
+
+    def on_validation_epoch_end(self):
+        """Asteroid's own needs a logger."""
 
 
 sizes = {"n_blocks": 3, "n_repeats": 1, "bn_chan": 64, "hid_chan": 64, "skip_chan": 64}
-model = ConvTasNet(1, **sizes, n_filters=128, kernel_size=128, stride=64, sample_rate=RATE)
+model = ConvTasNet(1, **sizes, n_filters=128, kernel_size=128, stride=64, sample_rate=8000)
 transfer = CrossModalTransfer(64, 32, alpha=0.9, alignment={"type": "transformer"})
-train = DataLoader([make_batch() for _ in range(25)], batch_size=None)
-valid = DataLoader([make_batch()], batch_size=None)
-quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-trainer = pl.Trainer(max_epochs=4, accelerator="cpu", num_sanity_val_steps=0, **quiet)
-trainer.fit(Enhancement(model, transfer, train, valid))
-# Nothing of the transfer is needed after training: `model` is the model.
+parameters = [*model.parameters(), *transfer.parameters()]  # CMKT: both learn; keep `model` alone
+train, valid = (DataLoader([make_batch() for _ in range(n)], batch_size=None) for n in (25, 1))
+optimizer = torch.optim.Adam(parameters, 3e-3)
+system = Enhancement(model, optimizer, torch.nn.L1Loss(), train, valid)
+system.transfer = transfer
+# CMKT: keep what the masks are made of, (B, 64, T_a), in each forward pass.
+tap = model.masker.mask_net  # a hook before it is given a tuple of its arguments
+tap.register_forward_pre_hook(lambda m, x: setattr(system, "hidden", x[0].transpose(1, 2)))
+options = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+pl.Trainer(max_epochs=4, accelerator="cpu", **dict.fromkeys(options, False)).fit(system)
+print({name: round(value.item(), 2) for name, value in system.values.items()})
