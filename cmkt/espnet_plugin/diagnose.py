@@ -7,7 +7,8 @@ acoustics of another utterance); `alignment_entropy` and `alignment_monotonicity
 `gradient_share`, the transfer's share of the two losses' gradient norms at the tap. docs/method.md
 says what they mean.
 
-The set needs mixtures (stage 2) and LLM features of the same language model (stage 3):
+Run it in the recipe's folder. The set needs mixtures (stage 2) and LLM features of the same
+language model (stage 3):
 
     cmkt embed --llm_config conf/llm/minilm.yaml --text dump/audio/test/text \\
         --output_dir dump/llm/minilm/test

@@ -53,9 +53,7 @@ def find_encoder(model: str, layer: int) -> EncoderChoice:
     try:
         folder = find_model(model).folder
     except CmktError as error:
-        words = str(error).replace("language model", "speech encoder")
-        words = words.replace("language-model", "speech-encoder").replace("a tokenizer", "settings")
-        raise CmktError(f"speech_encoder.model: {words}") from error
+        raise CmktError(f"speech_encoder.model: {error}") from error
     if not (folder / "preprocessor_config.json").is_file():
         raise CmktError(
             "speech_encoder.model: no preprocessor_config.json, which says how audio is scaled",

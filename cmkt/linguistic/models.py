@@ -83,7 +83,7 @@ def find_model(name: str, revision: str | None = None) -> LocalModel:
     elif Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
     elif name.startswith(("/", ".", "~")):
-        raise CmktError(f"no such language-model folder: {name}", remedy="check the path")
+        raise CmktError(f"no such model folder: {name}", remedy="check the path")
     else:
         return _hub_model(name, revision)
     if revision is not None:
@@ -94,7 +94,7 @@ def find_model(name: str, revision: str | None = None) -> LocalModel:
     weights = _weight_files(folder)
     if not weights or not (folder / "config.json").is_file():
         raise CmktError(
-            "not a language model: needs config.json, a tokenizer and "
+            "not a model folder: needs config.json and "
             f"{WEIGHTS[0]} or {WEIGHTS[2]}, all shards of it",
             folder,
             remedy="copy the whole folder",
@@ -151,14 +151,14 @@ def _hub_model(name: str, revision: str | None) -> LocalModel:
             model = get(allow_patterns=(*DOWNLOADS, "pytorch_model*.bin"))
     except GatedRepoError as error:
         raise CmktError(
-            f"the language model {name} is gated: {_reason(error)}",
+            f"the model {name} is gated: {_reason(error)}",
             remedy=f"ask for access at {constants.ENDPOINT}/{name}, then `hf auth login`",
         ) from error
     except Exception as error:  # of the hub's client, or of the network library under it
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise CmktError(
-            f"the language model {name} is not on this machine and cannot be downloaded: "
+            f"the model {name} is not on this machine and cannot be downloaded: "
             f"{_reason(error)}",
             remedy=f"give a local folder, or run once with network: hf download {name}",
         ) from error

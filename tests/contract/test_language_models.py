@@ -377,7 +377,7 @@ def test_what_cannot_be_is_refused_in_one_line(folder_of, tmp_path):
         for file in folder.iterdir():
             if file.name != name:
                 (incomplete / file.name).symlink_to(file)
-        wanted = "no tokenizer" if name == "vocab.txt" else "not a language model"
+        wanted = "no tokenizer" if name == "vocab.txt" else "not a model folder"
         assert wanted in refused(incomplete)
 
 
@@ -500,7 +500,7 @@ def test_a_gated_model_gives_the_hubs_reason_in_one_line(status, tmp_path):
     server.shutdown()
     server.server_close()
     line = run.stderr.strip().splitlines()[-1]
-    assert "cmkt.errors.CmktError: the language model big/Gated is gated: " in line
+    assert "cmkt.errors.CmktError: the model big/Gated is gated: " in line
     assert reason in line and "hf auth login" in line and f"{address}/big/Gated" in line
 
 

@@ -165,7 +165,7 @@ def bert(folder):
 
 
 WRONG = {
-    "no such speech-encoder folder": lambda folder, models: SpeechEncoderLoss("/nowhere"),
+    "no such model folder": lambda folder, models: SpeechEncoderLoss("/nowhere"),
     "speech_encoder.layer: 4, but the model has 3": lambda folder, models: criterion(
         models, "WavLM", layer=4
     ),
