@@ -16,12 +16,13 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def build(path: Path):
-    """Build the model of a YAML as `cmkt train` does."""
+def build(path: Path, *options: str):
+    """Build the model of a YAML, with further options, as `cmkt train` does."""
     from cmkt.espnet_plugin.task import TransferEnhancementTask
     from cmkt.espnet_plugin.train import _parse
 
-    args = _parse(TransferEnhancementTask, ["--config", str(path), "--output_dir", "x"], path)
+    command = ["--config", str(path), "--output_dir", "x", *options]
+    args = _parse(TransferEnhancementTask, command, path)
     # Without the statistics of a corpus, which standardised targets would need.
     args.transfer_conf = {**args.transfer_conf, "linguistic_dim": 384, "standardise": False}
     return TransferEnhancementTask.build_model(args).train()
