@@ -4,8 +4,8 @@ Printed, and written to EXP/diagnostics/<set>.json, is what training logs on its
 `loss_se`, `loss_cma`, `cos_matched`, `cos_mismatched` and `transfer_gap`; `retrieval_top1` and
 `retrieval_top5`, the shares of tokens found among those of 100 utterances (`_mismatched`: from the
 acoustics of another utterance); `alignment_entropy` and `alignment_monotonicity`;
-`gradient_share`, the transfer's share of the two losses' gradient norms at the tap. docs/method.md
-says what they mean.
+`gradient_share`, the transfer's share of the two losses' gradient norms at the tap (of a schedule:
+with the weights that it starts with). docs/method.md says what they mean.
 
 Run it in the recipe's folder. The set needs mixtures (stage 2) and LLM features of the same
 language model (stage 3):
@@ -25,6 +25,9 @@ from cmkt.corpus.datadir import read_table
 from cmkt.errors import CmktError
 from cmkt.settings import read_mapping
 from cmkt.stage import atomic_file
+
+
+SCHEDULED = ("loss", "weight_cma")  # of one time of the training, not of the model
 
 
 def add_arguments(parser) -> None:
@@ -126,7 +129,7 @@ def diagnose(
         with torch.no_grad():
             _, stats, _ = model(**{name: value.to(device) for name, value in batch.items()})
         for name, value in stats.items():
-            if name != "loss" and torch.isfinite(torch.as_tensor(value)).all():
+            if name not in SCHEDULED and torch.isfinite(torch.as_tensor(value)).all():
                 totals.setdefault(name, []).append((float(value), len(chosen)))
     ids_file.unlink()
     means = {n: sum(v * w for v, w in pairs) / sum(w for _, w in pairs)

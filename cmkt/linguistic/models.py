@@ -158,8 +158,7 @@ def _hub_model(name: str, revision: str | None) -> LocalModel:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise CmktError(
-            f"the model {name} is not on this machine and cannot be downloaded: "
-            f"{_reason(error)}",
+            f"the model {name} is not on this machine and cannot be downloaded: {_reason(error)}",
             remedy=f"give a local folder, or run once with network: hf download {name}",
         ) from error
     if not model.weights:
