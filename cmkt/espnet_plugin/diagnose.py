@@ -26,7 +26,6 @@ from cmkt.errors import CmktError
 from cmkt.settings import read_mapping
 from cmkt.stage import atomic_file
 
-
 SCHEDULED = ("loss", "weight_cma")  # of one time of the training, not of the model
 
 
