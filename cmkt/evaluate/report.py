@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cmkt.corpus.datadir import read_table
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.rivals import RIVALS
 from cmkt.evaluate.results import (
     NOISY,
     Run,
@@ -75,10 +76,7 @@ def run(args: argparse.Namespace) -> None:
     expdir, output = Path(args.expdir), Path(args.output)
     runs = collect_runs(expdir)
     configs = {tag: read_config(expdir, tag) for tag in dict.fromkeys(r.tag for r in runs)}
-    has_transfer = {
-        split_tag(tag)[0]: config.get("transfer") not in (None, "none")
-        for tag, config in configs.items()
-    }
+    has_transfer = {split_tag(tag)[0]: is_guided(config) for tag, config in configs.items()}
     test_sets = {
         name: group_systems([run for run in runs if run.test_set == name], has_transfer)
         for name in sorted({run.test_set for run in runs})
@@ -96,6 +94,12 @@ def run(args: argparse.Namespace) -> None:
     for name, systems in test_sets.items():
         print(f"{name}:\n{plain_table(systems)}\n")
     print(f"written to {output}")
+
+
+def is_guided(config: dict) -> bool:
+    """Whether a training has the transfer, or a rival of it, beside its enhancement loss."""
+    rivals = {criterion.get("name") for criterion in config.get("criterions") or []} & {*RIVALS}
+    return config.get("transfer") not in (None, "none") or bool(rivals)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

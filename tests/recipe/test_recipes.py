@@ -65,6 +65,23 @@ def test_mini_end_to_end_and_a_second_run_is_a_no_op(repository):
     assert model_files() == before
 
 
+def test_mini_with_rivals_and_another_alignment(repository):
+    """Stage 4 trains the recogniser that a mimic loss asks for; the export has none of it."""
+    configs = ["train_blstm_mimic", *(f"tuning/train_blstm_cmkt_{n}" for n in ("feedback", "ctc"))]
+    config = " ".join(f"egs/mini/conf/{name}.yaml" for name in configs)
+    done = run([repository / "run.sh", "--enh_config", config, *SMALL])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    recipe = repository / "egs" / "mini"
+    assert (recipe / "exp" / "recogniser" / "meta.yaml").exists()
+    exported = yaml.safe_load((recipe / "exp/blstm_mimic_seed0/export/config.yaml").read_text())
+    assert [criterion["name"] for criterion in exported["criterions"]] == ["l1_fd"]
+    report = (recipe / "RESULTS.md").read_text()
+    assert "blstm_cmkt_feedback_minilm" in report and "retrieval, first" in report
+    assert list((recipe / "exp" / "report").glob("attention_blstm_cmkt_ctc_minilm_seed0_*.png"))
+    again = run([repository / "run.sh", "--stage", "4", "--enh_config", config, *SMALL])
+    assert "exp/recogniser: up to date" in again.stdout
+
+
 def test_mini_in_mandarin_with_a_language_model_of_its_own(repository, tmp_path):
     """Synthesised Mandarin, a character model trained on its transcripts: nothing is downloaded."""
     config = tmp_path / "own_character.yaml"

@@ -285,12 +285,16 @@ def test_report_compares_with_the_control_of_the_same_training(experiments):
     for seed in (0, 1):
         write_system(f"blstm_cmkt_minilm_shuffled_seed{seed}", 2.5, "cmkt")
         write_system(f"blstm_cmkt_other_seed{seed}", 0, "cmkt")
+        write_system(f"blstm_mimic_seed{seed}", 2, "none")
+        rival = {"transfer": "none", "criterions": [{"name": "l1_fd"}, {"name": "mimic"}]}
+        Path(f"exp/blstm_mimic_seed{seed}/config.yaml").write_text(yaml.safe_dump(rival))
     assert main(["report"]) == 0
     text = (experiments / "RESULTS.md").read_text()
     row = rows_of(text, "blstm_cmkt_minilm - blstm_cmkt_minilm_shuffled")[0]
     assert "+0.50 [" in row.split("|")[4]
     assert not rows_of(text, "blstm_cmkt_other - blstm_cmkt_minilm_shuffled")
     assert len(rows_of(text, "blstm_cmkt_minilm_shuffled - blstm")) == 3  # all, -5 and 0 dB
+    assert len(rows_of(text, "blstm_mimic - blstm")) == 3  # a rival is compared, and no baseline
 
 
 def test_report_says_when_a_difference_includes_zero(experiments):
