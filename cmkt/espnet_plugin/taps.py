@@ -4,7 +4,7 @@ A tap names a module inside the separator, which side of it to read, and the lay
 A new backbone joins with one entry of `TAPS`; the first of its taps is the one `auto` picks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ import torch
 from cmkt.errors import CmktError
 from cmkt.espnet_plugin.recurrent import run_layer_by_layer
 from cmkt.transfer.feedback import FeedbackAdapter
+from cmkt.transfer.settings import build_part
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _frames_first(tap: Tap, value):
 
 
 @contextmanager
-def listen(separator: torch.nn.Module, taps: Sequence[Tap]) -> Iterator[Heard]:
+def listen(separator: torch.nn.Module, taps: Iterable[Tap]) -> Iterator[Heard]:
     """Listen at some taps while the block runs; the hooks are gone afterwards.
 
     Args:
@@ -177,8 +178,6 @@ def attach_feedback(
         CmktError: the adapter is too large for this separator.
         ValueError: settings that the adapter does not take.
     """
-    from cmkt.transfer.settings import build_part
-
     size = sum(parameter.numel() for parameter in separator.parameters())
     adapter = build_part(FeedbackAdapter, "feedback", conf, tap_width(encoder, separator, [tap]))
     share = sum(parameter.numel() for parameter in adapter.parameters()) / size
