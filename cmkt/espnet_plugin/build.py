@@ -148,18 +148,27 @@ def load_training_model(experiment: str | Path):
     Raises:
         CmktError: the best model is missing.
     """
-    import torch
     import yaml
 
     from cmkt.espnet_plugin.model import add_transfer
 
-    experiment = Path(experiment)
-    weights = experiment / "valid.loss_se.best.pth"
-    if not weights.exists():
-        raise CmktError("no trained model", weights, remedy="run stage 5 to its end")
-    config = yaml.safe_load((experiment / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((Path(experiment) / "config.yaml").read_text(encoding="utf-8"))
     conf = config["transfer_conf"] if config.get("transfer") == "cmkt" else None
     model_conf = config.get("model_conf") or {}
     model = add_transfer(build_enhancement_model(config), config["separator"], conf, model_conf)
+    return load_best(model, Path(experiment))
+
+
+def load_best(model, experiment: Path):
+    """Load the best weights of a training into its model, and return it in evaluation mode.
+
+    Raises:
+        CmktError: they are missing.
+    """
+    import torch
+
+    weights = experiment / "valid.loss_se.best.pth"
+    if not weights.exists():
+        raise CmktError("no trained model", weights, remedy="run stage 5 to its end")
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=True)
     return model.eval()

@@ -154,23 +154,22 @@ def make_batch(
     texts,
     ids: dict[str, str],
 ) -> dict:
-    """Read and pad a batch as the training's collation does; arguments as in `diagnose`."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
+    """Read a batch and collate it with ESPnet, as in training; arguments as in `diagnose`."""
+    import numpy as np
+    from espnet2.train.collate_fn import common_collate_fn
 
     from cmkt.corpus.audio import read_audio
 
-    def read(table: dict[str, str]) -> list[torch.Tensor]:
-        return [torch.from_numpy(read_audio(table[u])[0]).float() for u in chosen]
-
-    parts = {
-        "speech_mix": read(speech),
-        "speech_ref1": read(clean),
-        "linguistic": [torch.from_numpy(texts[u].copy()) for u in chosen],
-        "token_ids": [torch.tensor([int(n) for n in ids[u].split()]) for u in chosen],
-    }
-    batch = {}
-    for name, sequences in parts.items():
-        batch[name] = pad_sequence(sequences, batch_first=True)
-        batch[f"{name}_lengths"] = torch.tensor([len(sequence) for sequence in sequences])
-    return batch
+    data = [
+        (
+            utterance,
+            {
+                "speech_mix": read_audio(speech[utterance])[0],
+                "speech_ref1": read_audio(clean[utterance])[0],
+                "linguistic": texts[utterance],
+                "token_ids": np.array(ids[utterance].split(), dtype=np.int64),
+            },
+        )
+        for utterance in chosen
+    ]
+    return common_collate_fn(data)[1]

@@ -12,6 +12,7 @@ from typeguard import TypeCheckError
 
 import cmkt.espnet_plugin.data  # noqa: F401  registers the data type linguistic_ark
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.build import load_best
 from cmkt.espnet_plugin.criterions import CRITERIONS
 from cmkt.espnet_plugin.data import read_candidates
 from cmkt.espnet_plugin.mixing import EpochIterFactory, SortedCollate, build_mixing
@@ -224,9 +225,4 @@ def load_trained_model(experiment: Path, args: argparse.Namespace) -> TransferEn
     Raises:
         CmktError: the best model is missing.
     """
-    weights = experiment / "valid.loss_se.best.pth"
-    if not weights.exists():
-        raise CmktError("no trained model", weights, remedy="run stage 5 to its end")
-    model = TransferEnhancementTask.build_bare_model(args)
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=True)
-    return model.eval()
+    return load_best(TransferEnhancementTask.build_bare_model(args), experiment)

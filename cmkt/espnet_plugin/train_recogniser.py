@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from cmkt import __version__
+from cmkt.corpus.audio import read_audio
 from cmkt.corpus.datadir import read_table
 from cmkt.errors import CmktError
 from cmkt.stage import MARKER, Stage, atomic_file
@@ -152,7 +153,7 @@ def train(training, validation, options: dict, device: str, folder: Path) -> dic
     check_device(device)
     torch.manual_seed(options["seed"])
     generator = random.Random(options["seed"])
-    fs = _sample_rate(training[0][1])
+    _, fs = read_audio(training[0][1])
     characters = sorted({character for _, _, text in training for character in text})
     size = {"width": options["width"], "blocks": options["blocks"]}
     model = CtcRecogniser(characters, fs, **size).to(device)
@@ -201,29 +202,16 @@ def train(training, validation, options: dict, device: str, folder: Path) -> dic
     }
 
 
-def _sample_rate(path: str) -> int:
-    import soundfile
-
-    try:
-        return soundfile.info(path).samplerate
-    except (OSError, RuntimeError) as error:
-        raise CmktError(f"cannot be read: {error}", path) from error
-
-
 def _prepare(part, model, device) -> list[tuple]:
     """Return (features (F, mels), numbers of the characters, text) of each utterance."""
-    import soundfile
     import torch
 
     number = {character: n for n, character in enumerate(model.characters, 1)}
     prepared = []
     for _, path, text in part:
-        try:
-            audio, fs = soundfile.read(path, dtype="float32")
-        except (OSError, RuntimeError) as error:
-            raise CmktError(f"cannot be read: {error}", path) from error
-        if fs != model.fs or audio.ndim > 1:
-            raise CmktError(f"want one channel at {model.fs} Hz, as in the training set", path)
+        audio, fs = read_audio(path)
+        if fs != model.fs:
+            raise CmktError(f"want {model.fs} Hz, as in the training set, not {fs} Hz", path)
         speech = torch.from_numpy(audio)[None].to(device)
         features, frames = model.features(speech, torch.tensor([len(audio)], device=device))
         wanted = [number[character] for character in text if character in number]

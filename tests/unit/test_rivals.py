@@ -303,7 +303,7 @@ def test_a_file_of_another_rate_is_named(tmp_path, capsys):
     wrong = tmp_path / "valid" / "001.wav"
     soundfile.write(wrong, np.zeros(8000), 8000)
     assert train_recogniser(tmp_path) == 1
-    assert f"{wrong}: want one channel at 16000 Hz" in capsys.readouterr().err
+    assert f"{wrong}: want 16000 Hz, as in the training set, not 8000 Hz" in capsys.readouterr().err
     assert not (tmp_path / "recogniser").exists()
 
 
