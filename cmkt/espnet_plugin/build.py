@@ -1,4 +1,4 @@
-"""Build a stock ESPnet enhancement model from its config.yaml without the ESPnet task.
+"""Build an enhancement model from its config.yaml without the ESPnet task.
 
 `espnet2.tasks.enh` imports the trainer, every separator and `transformers` (9 to 19 s); export and
 enhancement need one encoder, one separator and one decoder.
@@ -47,6 +47,14 @@ SEPARATORS = {
     "wpe_beamformer": "espnet2.enh.separator.neural_beamformer:NeuralBeamformer",
 }
 
+# Ours. An export of one needs cmkt to run, since stock ESPnet does not know these names.
+OWN_SEPARATORS = {
+    "blstm_sum": "cmkt.espnet_plugin.separators.blstm_sum:BLSTMSumSeparator",
+    "dense_dual_path": "cmkt.espnet_plugin.separators.dense_dual_path:DenseDualPathSeparator",
+    "gtcrn": "cmkt.espnet_plugin.separators.gtcrn:GTCRNSeparator",
+    "mp_senet": "cmkt.espnet_plugin.separators.mp_senet:MPSENetSeparator",
+}
+
 
 def find_class(kind: str, name: str | None, table: dict[str, str]) -> type:
     """Import a class by its ESPnet name.
@@ -91,7 +99,8 @@ def build_enhancement_model(config: dict):
         raise CmktError("diffusion models cannot be built", remedy="train one with a separator")
     if config.get("feedback"):
         config = {**config, "separator": config["separator"].removeprefix("cmkt_")}
-    tables = {"encoder": ENCODERS, "separator": SEPARATORS, "decoder": DECODERS}
+    separators = SEPARATORS | OWN_SEPARATORS
+    tables = {"encoder": ENCODERS, "separator": separators, "decoder": DECODERS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about ESPnet's own code
         from espnet2.enh.espnet_model import ESPnetEnhancementModel
@@ -128,12 +137,12 @@ def build_enhancement_model(config: dict):
 
 def _add_feedback(encoder, separator, config: dict) -> None:
     """Put the feedback adapter where it was in training (the key `feedback` of an export)."""
-    from cmkt.espnet_plugin.taps import attach_feedback, find_taps, prepare_separator
+    from cmkt.espnet_plugin.feedback import attach_feedback
+    from cmkt.espnet_plugin.taps import find_taps
 
     conf = dict(config["feedback"])
-    taps = find_taps(config["separator"], conf.pop("tap"))
-    prepare_separator(separator, taps)
-    attach_feedback(encoder, separator, taps[0], conf)
+    (tap,) = find_taps(config["separator"], separator, conf.pop("tap"))
+    attach_feedback(encoder, separator, tap, conf)
 
 
 def load_training_model(experiment: str | Path):
@@ -155,7 +164,8 @@ def load_training_model(experiment: str | Path):
     config = yaml.safe_load((Path(experiment) / "config.yaml").read_text(encoding="utf-8"))
     conf = config["transfer_conf"] if config.get("transfer") == "cmkt" else None
     model_conf = config.get("model_conf") or {}
-    model = add_transfer(build_enhancement_model(config), config["separator"], conf, model_conf)
+    model = build_enhancement_model(config)
+    model = add_transfer(model, config["separator"], conf, model_conf, config["sample_rate"])
     return load_best(model, Path(experiment))
 
 

@@ -11,21 +11,15 @@ from espnet2.enh.espnet_model import ESPnetEnhancementModel
 from espnet2.torch_utils.device_funcs import force_gatherable
 
 from cmkt.errors import CmktError
-from cmkt.espnet_plugin.taps import (
-    FEEDBACK_TAPS,
-    Tap,
-    attach_feedback,
-    find_taps,
-    listen,
-    prepare_separator,
-    tap_width,
-)
+from cmkt.espnet_plugin.feedback import FEEDBACK_TAPS, attach_feedback
+from cmkt.espnet_plugin.listening import Listener, find_listeners, listen
+from cmkt.espnet_plugin.taps import find_taps
 from cmkt.transfer import CrossModalTransfer
 from cmkt.transfer.alpha import build_alpha
 from cmkt.transfer.settings import unknown_key
 
-CONF_KEYS = ("tap", "feedback", "alpha", "loss", "reduction", "standardise", "pca", "alignment",
-             "misalignment", "linguistic_dim", "vocabulary")  # fmt: skip
+CONF_KEYS = ("tap", "pooling", "feedback", "alpha", "loss", "reduction", "standardise", "pca",
+             "alignment", "misalignment", "linguistic_dim", "vocabulary")  # fmt: skip
 
 
 class TransferEnhancementModel(ESPnetEnhancementModel):
@@ -41,8 +35,8 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
     def __init__(
         self,
         transfer: CrossModalTransfer | None = None,
-        taps: Sequence[Tap] = (),
-        stream: Sequence[Tap] = (),
+        taps: Sequence[Listener] = (),
+        stream: Sequence[Listener] = (),
         **parts,
     ):
         super().__init__(**parts)
@@ -89,9 +83,9 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
             listen(self.separator, {*self.taps, *self.stream}) as heard,
         ):
             loss_se, stats, weight = super().forward(speech_mix, speech_mix_lengths, **kwargs)
-            batch = (heard.sequence(self.taps), heard.lengths, linguistic, linguistic_lengths)
+            batch = (*heard.sequence(self.taps), linguistic, linguistic_lengths)
             loss_cma = self.transfer(*batch, token_ids)
-            stream = [heard.parts[tap] for tap in self.stream]
+            stream = heard.stream(self.stream)
             loss = self.transfer.combine(loss_se, loss_cma, stream)
         ours = {
             "loss": loss.detach(),
@@ -141,7 +135,7 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
             speech = speech / speech.std(dim=1, keepdim=True)
         with listen(self.separator, self.taps) as heard:
             self.forward_enhance(speech, lengths, {})
-        return heard.sequence(self.taps), heard.lengths
+        return heard.sequence(self.taps)
 
     def attention(
         self, speech: torch.Tensor, linguistic: torch.Tensor, token_ids: torch.Tensor | None = None
@@ -162,7 +156,11 @@ class TransferEnhancementModel(ESPnetEnhancementModel):
 
 
 def add_transfer(
-    model: ESPnetEnhancementModel, separator_name: str, conf: dict | None, model_conf: dict
+    model: ESPnetEnhancementModel,
+    separator_name: str,
+    conf: dict | None,
+    model_conf: dict,
+    sample_rate: int,
 ) -> TransferEnhancementModel:
     """Rebuild an enhancement model as our class, with the same parts.
 
@@ -172,11 +170,14 @@ def add_transfer(
         conf: `transfer_conf` of the YAML; None for no transfer. With alpha = 1 the text could
             not matter, so nothing of ours is built and training equals stock `enh_train`.
         model_conf: `model_conf` of the YAML.
+        sample_rate: in Hz; with it, the frames per second at a tap are known.
 
     Raises:
         CmktError: an unknown key, a wrong value.
     """
-    ours = {} if conf is None else _transfer_parts(model, separator_name, dict(conf))
+    ours = {}
+    if conf is not None:
+        ours = _transfer_parts(model, separator_name, dict(conf), sample_rate)
     return TransferEnhancementModel(
         encoder=model.encoder,
         separator=model.separator,
@@ -188,32 +189,39 @@ def add_transfer(
     )
 
 
-def _transfer_parts(model: ESPnetEnhancementModel, separator_name: str, conf: dict) -> dict:
+def _transfer_parts(
+    model: ESPnetEnhancementModel, separator_name: str, conf: dict, sample_rate: int
+) -> dict:
     """Build the transfer, and return the arguments of `TransferEnhancementModel` that are ours."""
     for key in conf:
         if key not in CONF_KEYS:
             raise CmktError(f"transfer_conf: {unknown_key(key, CONF_KEYS)}")
-    taps = stream = find_taps(separator_name, conf.pop("tap", "auto"))
+    entries, pooling = conf.pop("tap", "auto"), conf.pop("pooling", None)
     linguistic_dim, feedback = conf.pop("linguistic_dim", None), conf.pop("feedback", None)
     if not isinstance(linguistic_dim, int):
         raise CmktError(
             "transfer_conf.linguistic_dim is not set to a number",
             remedy="give the store with --llm_dir, which sets it, or set it in the YAML",
         )
+    encoder, separator = model.encoder, model.separator
     try:
         off = build_alpha(conf.get("alpha", 0.9)).is_off
         if off and feedback is None:
             return {}
-        prepare_separator(model.separator, taps)
+        taps = find_taps(separator_name, separator, entries)
         if feedback is not None:
             if len(taps) > 1:
                 raise ValueError("feedback works on one tap, not on several")
-            attach_feedback(model.encoder, model.separator, taps[0], feedback)
-            taps, stream = FEEDBACK_TAPS[:1], FEEDBACK_TAPS[1:]
+            attach_feedback(encoder, separator, taps[0], feedback)
             if off:  # the adapter alone: the control of its parameters
                 return {}
-        width = tap_width(model.encoder, model.separator, taps)
+            taps = FEEDBACK_TAPS
+        listeners = find_listeners(encoder, separator, taps, pooling, sample_rate)
+        heard = stream = listeners
+        if feedback is not None:
+            heard, stream = listeners[:1], listeners[1:]
+        width = sum(listener.width for listener in heard)
         transfer = CrossModalTransfer(width, linguistic_dim, **conf)
     except (TypeError, ValueError) as error:
         raise CmktError(f"transfer_conf: {error}") from error
-    return {"transfer": transfer, "taps": taps, "stream": stream}
+    return {"transfer": transfer, "taps": heard, "stream": stream}

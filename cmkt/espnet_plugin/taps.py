@@ -1,19 +1,23 @@
-"""Where the acoustic sequence is taken from a separator, and where something is added to it.
+"""Where the acoustic sequence is taken from a separator: the table of taps, and the look-up.
 
 A tap names a module inside the separator, which side of it to read, and the layout found there.
-A new backbone joins with one entry of `TAPS`; the first of its taps is the one `auto` picks.
+`transfer_conf.tap` is `auto`, a name of the table, any module's path, a mapping
+`{module: PATH, side: output, layout: BCTF}`, or several of these in a list. A new backbone joins
+with one entry of `TAPS`; the first of its taps is the one `auto` picks. Names: `last` is after the
+last block, `before_last` before it, `middle` after half of the blocks, `first` after the first one,
+`encoder` before all of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.layouts import axes_of
 from cmkt.espnet_plugin.recurrent import run_layer_by_layer
-from cmkt.transfer.feedback import FeedbackAdapter
-from cmkt.transfer.settings import build_part
+from cmkt.transfer.settings import choice, unknown_key
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,24 @@ class Tap:
     """One place to listen.
 
     Args:
-        module: path inside the separator, as `named_modules` spells it.
+        module: path inside the separator, as `named_modules` spells it. A `*` in the table is the
+            number of the block in the middle: the last of the first half to read its output, the
+            first of the second half to read its input.
         side: `input` or `output` of that module.
-        layout: `BTD` (batch, frames, width) or `BDT`.
+        layout: see `layouts`; None: found when the model is built.
+        lead: half segments of padding before the first frame, in a layout with segments.
+        frames: path of the module whose output (..., T) is cut into segments; empty: the
+            separator's input (B, T, ...) is.
     """
 
     module: str
-    side: str
-    layout: str
+    side: str = "output"
+    layout: str | None = None
+    lead: int = 1
+    frames: str = ""
+
+    def __str__(self):
+        return f"{self.side} of {self.module}"
 
 
 TAPS: dict[str, dict[str, Tap]] = {
@@ -41,163 +55,177 @@ TAPS: dict[str, dict[str, Tap]] = {
         "first": Tap("tcn.network.2.1.0", "input", "BDT"),
         "bottleneck": Tap("tcn.network.1", "output", "BDT"),
     },
+    "transformer": {
+        "last": Tap("transformer", "output", "BTD"),
+        "middle": Tap("transformer.encoders.*", "output", "BTD"),
+    },
+    "conformer": {
+        "last": Tap("conformer", "output", "BTD"),
+        "middle": Tap("conformer.encoders.*", "output", "BTD"),
+    },
+    "skim": {
+        "last": Tap("skim.output_fc", "input", "BDT"),
+        "middle": Tap("skim.seg_lstms.*", "output", "(BS)KD"),
+    },
+    "dc_crn": {
+        "last": Tap("dc_crn.glstm", "output", "BCTF"),  # between convolutional encoder and decoder
+        "encoder": Tap("dc_crn.glstm", "input", "BCTF"),
+    },
+    "dccrn": {
+        "last": Tap("enhance", "output", "TBD"),  # real and imaginary part, if use_clstm
+        "encoder": Tap("enhance", "input", "TBD"),
+    },
+    "bsrnn": {
+        "last": Tap("bsrnn.mask_decoder", "input", "BCTF"),
+        "middle": Tap("bsrnn.norm_time.*", "input", "BCTF"),
+    },
+    "tfgridnet": {
+        "last": Tap("deconv", "input", "BCTF"),
+        "middle": Tap("blocks.*", "output", "BCTF"),
+    },
+    "tfgridnetv2": {
+        "last": Tap("deconv", "input", "BCTF"),
+        "middle": Tap("blocks.*", "output", "BCTF"),
+    },
+    "tfgridnetv3": {
+        "last": Tap("deconv", "input", "BCTF"),
+        "middle": Tap("blocks.*", "output", "BCTF"),
+    },
+    # Their blocks run once for each segment, with memory tokens in front of the frames.
+    "uses": {"last": Tap("uses.output", "input", "BCFT")},
+    "uses2": {"last": Tap("uses.output", "input", "BCFT")},
+    "dprnn": {
+        "last": Tap("dprnn.output", "input", "BCKS"),
+        "middle": Tap("dprnn.row_rnn.*", "input", "(BS)KC"),
+    },
+    "dptnet": {
+        "last": Tap("dptnet.output", "input", "BCKS", lead=2),
+        "middle": Tap("dptnet.row_transformer.*", "input", "(BS)KC", lead=2),
+    },
+    "svoice": {
+        "last": Tap("rnn_model.output", "input", "BCKS", frames="encoder"),
+        "middle": Tap("rnn_model.rows_grnn.*", "input", "(BS)KC", frames="encoder"),
+    },
+    "dpcl_e2e": {
+        "last": Tap("enh_blstm", "output", "BTD"),
+        "first": Tap("blstm", "output", "BTD"),
+    },
+    "blstm_sum": {"before_last": Tap("tap", "output", "BTD")},
+    "dense_dual_path": {"before_last": Tap("tap", "output", "BCTF")},
+    "mp_senet": {"before_last": Tap("tap", "output", "BCTF")},
+    "gtcrn": {"before_last": Tap("tap", "output", "BCTF")},
 }
 
-# The largest share of the backbone's parameters that the adapter may have: it is no second model.
-FEEDBACK_SHARE = 0.03
-# What the alignment listens to where there is an adapter, and the stream that it is added to.
-FEEDBACK_TAPS = (Tap("feedback.down", "output", "BTD"), Tap("feedback", "input", "BTD"))
+# Separators without an entry above, and why.
+CLUSTERS = "it clusters by speaker, and with one speaker its mask is 1 everywhere"
+MICROPHONES = "it takes several microphones"
+UNTAPPED: dict[str, str] = {
+    "asteroid": "its network is any of Asteroid's, whose modules have different names",
+    "dan": CLUSTERS,
+    "dpcl": CLUSTERS,
+    "fasnet": MICROPHONES,
+    "ineube": MICROPHONES,
+    "wpe_beamformer": f"{MICROPHONES}; with one, only its dereverberation runs",
+    "tcn_nomask": "it makes features for a diarisation, no enhanced speech",
+}
 
 
-def find_taps(separator_name: str, names: str | Sequence[str] = "auto") -> list[Tap]:
-    """Look taps up by the separator's name and their own.
+def find_taps(
+    separator_name: str, separator: torch.nn.Module, entries: str | Mapping | Sequence = "auto"
+) -> list[Tap]:
+    """Look taps up, and make the places between the layers of a recurrent network reachable.
 
     Args:
         separator_name: as in the YAML, for example `rnn`.
-        names: one name, or several in a list.
-
-    Raises:
-        CmktError: a separator without taps, or a name that is not among them.
-    """
-    taps = TAPS.get(separator_name)
-    if taps is None:
-        raise CmktError(
-            f"separator {separator_name} has no tap",
-            remedy=f"use one of {', '.join(TAPS)}, or add it to cmkt/espnet_plugin/taps.py",
-        )
-    found = []
-    for name in [names] if isinstance(names, str) else names or ["auto"]:
-        if name != "auto" and name not in taps:
-            raise CmktError(
-                f"transfer_conf.tap: {name!r} is no tap of separator {separator_name}",
-                remedy=f"use auto or one of {', '.join(taps)}, or several in a list",
-            )
-        found.append(next(iter(taps.values())) if name == "auto" else taps[name])
-    return list(dict.fromkeys(found))
-
-
-def prepare_separator(separator: torch.nn.Module, taps: Sequence[Tap]) -> None:
-    """Make the places between the layers of a recurrent network reachable, if a tap is there."""
-    if any(".after." in tap.module for tap in taps):
-        run_layer_by_layer(separator)
-    for tap in taps:
-        try:
-            separator.get_submodule(tap.module)
-        except AttributeError as error:
-            raise CmktError(
-                f"transfer_conf.tap: this separator has no module {tap.module}"
-            ) from error
-
-
-@dataclass
-class Heard:
-    """What one forward pass left at the taps."""
-
-    parts: dict[Tap, torch.Tensor] = field(default_factory=dict)  # each (B, T_a, D_a of the tap)
-    lengths: torch.Tensor | None = None  # (B,) valid frames
-
-    def sequence(self, taps: Sequence[Tap]) -> torch.Tensor:
-        """Return what was heard at some taps, side by side: (B, T_a, sum of the D_a)."""
-        parts = [self.parts[tap] for tap in taps]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-def _frames_first(tap: Tap, value):
-    """Return what stands at a tap as (B, T_a, D_a)."""
-    value = value[0] if isinstance(value, tuple) else value
-    return value.transpose(1, 2) if tap.layout == "BDT" else value
-
-
-@contextmanager
-def listen(separator: torch.nn.Module, taps: Iterable[Tap]) -> Iterator[Heard]:
-    """Listen at some taps while the block runs; the hooks are gone afterwards.
-
-    Args:
-        separator: an ESPnet separator, called inside the block as `separator(input, ilens, ...)`.
-        taps: where to listen.
+        separator: of that name. If a path has `.after.` in it, its LSTMs and GRUs run layer by
+            layer from now on.
+        entries: `transfer_conf.tap`.
 
     Returns:
-        a `Heard` that the forward pass fills.
-    """
-    heard = Heard()
-
-    def keep_lengths(_, inputs):
-        heard.lengths = inputs[1]
-
-    def keep(tap, value):
-        heard.parts[tap] = _frames_first(tap, value)
-
-    with ExitStack() as hooks:
-        handles = [separator.register_forward_pre_hook(keep_lengths)]
-        for tap in taps:
-            module = separator.get_submodule(tap.module)
-            if tap.side == "input":
-                hook = module.register_forward_pre_hook(lambda _, x, tap=tap: keep(tap, x))
-            else:
-                hook = module.register_forward_hook(lambda _, x, y, tap=tap: keep(tap, y))
-            handles.append(hook)
-        for handle in handles:
-            hooks.callback(handle.remove)
-        yield heard
-
-
-@torch.no_grad()
-def tap_width(encoder: torch.nn.Module, separator: torch.nn.Module, taps: Sequence[Tap]) -> int:
-    """Find the width D_a of what is heard at some taps by passing a short silence through.
-
-    The silence goes through in evaluation mode, which draws no random number, so a model built
-    with a tap starts from the same weights as one without.
+        the taps, each once; layouts of free paths are still open.
 
     Raises:
-        CmktError: taps with different numbers of frames.
+        CmktError: no such name or module, or an entry of the wrong form.
     """
-    training = separator.training
-    separator.eval()
-    speech = torch.zeros(1, 4000)
-    features, lengths = encoder(speech, torch.tensor([speech.shape[1]]))
-    with listen(separator, taps) as heard:
-        separator(features, lengths, {})
-    separator.train(training)
-    if len({part.shape[1] for part in heard.parts.values()}) > 1:
-        raise CmktError("transfer_conf.tap: the taps differ in their numbers of frames")
-    return heard.sequence(taps).shape[-1]
+    if isinstance(entries, str | Mapping):
+        entries = [entries]
+    elif not isinstance(entries, Sequence):
+        raise CmktError(f"transfer_conf.tap must be a name, a mapping or a list, not {entries!r}")
+    taps = [_look_up(separator_name, entry) for entry in entries or ["auto"]]
+    if any(".after." in tap.module for tap in taps):
+        run_layer_by_layer(separator)
+    taps = [_in_the_middle(separator, tap) for tap in taps]
+    for tap in taps:
+        if tap.module not in dict(separator.named_modules()) or not tap.module:
+            raise _no_such_module(separator_name, separator, tap.module)
+    return list(dict.fromkeys(taps))
 
 
-def attach_feedback(
-    encoder: torch.nn.Module, separator: torch.nn.Module, tap: Tap, conf: dict
-) -> FeedbackAdapter:
-    """Put a feedback adapter on a tap, as the separator's submodule `feedback`.
+def _look_up(separator_name: str, entry: str | Mapping) -> Tap:
+    """Return the tap of one entry of `transfer_conf.tap`."""
+    if isinstance(entry, Mapping):
+        return _read_mapping(entry)
+    if not isinstance(entry, str):
+        raise CmktError(f"transfer_conf.tap: an entry must be a name or a mapping, not {entry!r}")
+    taps = TAPS.get(separator_name, {})
+    if entry != "auto":
+        return taps.get(entry) or Tap(entry)
+    if not taps:
+        reason = UNTAPPED.get(separator_name, "it has no entry in cmkt/espnet_plugin/taps.py")
+        raise CmktError(
+            f"separator {separator_name} has no tap of its own: {reason}",
+            remedy="give the path of a module as transfer_conf.tap (docs/new_backbone.md)",
+        )
+    return next(iter(taps.values()))
+
+
+def _read_mapping(entry: Mapping) -> Tap:
+    """Return the tap of `{module: PATH, side: output, layout: BCTF}`."""
+    known = ("module", "side", "layout")
+    for key in entry:
+        if key not in known:
+            raise CmktError(f"transfer_conf.tap: {unknown_key(key, known)}")
+    module, layout = entry.get("module"), entry.get("layout")
+    if not isinstance(module, str):
+        raise CmktError(f"transfer_conf.tap: {dict(entry)} needs `module`, a path")
+    try:
+        side = choice("tap.side", entry.get("side", "output"), ("input", "output"))
+        if layout is not None and set("KS") & set("".join(axes_of(layout))):
+            raise ValueError("tap.layout: segments (K, S) are only for the taps of the table")
+    except ValueError as error:
+        raise CmktError(f"transfer_conf.{error}") from error
+    return Tap(module, side, layout)
+
+
+def _in_the_middle(separator: torch.nn.Module, tap: Tap) -> Tap:
+    """Put the number of the middle block in the place of `*`."""
+    if "*" not in tap.module:
+        return tap
+    blocks = len(separator.get_submodule(tap.module.partition(".*")[0]))
+    number = blocks // 2 if tap.side == "input" else max(blocks // 2, 1) - 1
+    return replace(tap, module=tap.module.replace("*", str(number)))
+
+
+def nearest(word: str, names: Sequence[str], count: int = 5) -> list[str]:
+    """Return the names that are most like a word; those with the same end come first.
 
     Args:
-        encoder: of the enhancement model.
-        separator: changed in place.
-        tap: where the adapter is added to the stream.
-        conf: arguments of `FeedbackAdapter`.
-
-    Raises:
-        CmktError: the adapter is too large for this separator.
-        ValueError: settings that the adapter does not take.
+        word: a name or a path.
+        names: to choose from.
+        count: how many at most.
     """
-    size = sum(parameter.numel() for parameter in separator.parameters())
-    adapter = build_part(FeedbackAdapter, "feedback", conf, tap_width(encoder, separator, [tap]))
-    share = sum(parameter.numel() for parameter in adapter.parameters()) / size
-    if share > FEEDBACK_SHARE:
-        raise CmktError(
-            f"transfer_conf.feedback: the adapter has {100 * share:.1f} % of the separator's "
-            f"parameters, at most {100 * FEEDBACK_SHARE:.0f} % are allowed",
-            remedy="take a smaller width",
-        )
-    separator.feedback = adapter
+    last = word.rpartition(".")[2]
+    alike = [name for name in names if name.rpartition(".")[2] == last]
+    similar = [*difflib.get_close_matches(word, alike, count, 0.0),
+               *difflib.get_close_matches(word, names, count, 0.0)]  # fmt: skip
+    return list(dict.fromkeys(similar))[:count]
 
-    def add(value):
-        first, *rest = value if isinstance(value, tuple) else (value,)
-        first = adapter(_frames_first(tap, first))
-        first = first.transpose(1, 2) if tap.layout == "BDT" else first
-        return (first, *rest) if isinstance(value, tuple) else first
 
-    module = separator.get_submodule(tap.module)
-    if tap.side == "input":
-        module.register_forward_pre_hook(lambda _, inputs: add(inputs))
-    else:
-        module.register_forward_hook(lambda _, inputs, output: add(output))
-    return adapter
+def _no_such_module(separator_name: str, separator: torch.nn.Module, module: str) -> CmktError:
+    names = list(TAPS.get(separator_name, {}))
+    paths = [path for path, _ in separator.named_modules() if path]
+    known = f"auto, {', '.join(names)} or a path" if names else "a path"
+    return CmktError(
+        f"transfer_conf.tap: separator {separator_name} has no tap or module {module!r}",
+        remedy=f"use {known}; the nearest are {', '.join(nearest(module, names + paths))}",
+    )

@@ -82,20 +82,21 @@ def test_alignment_gradient_reaches_below_the_tap_and_no_text_is_needed_per_utte
     from espnet2.enh.encoder.stft_encoder import STFTEncoder
 
     from cmkt.espnet_plugin.build import build_enhancement_model
+    from cmkt.espnet_plugin.listening import listen
     from cmkt.espnet_plugin.model import add_transfer
-    from cmkt.espnet_plugin.taps import listen
 
     torch.manual_seed(0)
     config = tiny_config(separator)
     conf = transfer_conf(linguistic_dim=6)
-    model = add_transfer(build_enhancement_model(config), separator, conf, {})
+    model = add_transfer(build_enhancement_model(config), separator, conf, {}, 16000)
     assert isinstance(model.encoder, STFTEncoder)
     speech, lengths = torch.randn(3, 8000), torch.tensor([8000, 6000, 4000])
     with listen(model.separator, model.taps) as heard:
         model.forward_enhance(speech, lengths, {})
     text = torch.randn(3, 5, 6)
     text[1] = 0  # no transcript
-    loss = model.transfer(heard.sequence(model.taps), heard.lengths, text, torch.tensor([5, 1, 3]))
+    acoustic = heard.sequence(model.taps)
+    loss = model.transfer(*acoustic, text, torch.tensor([5, 1, 3]))
     loss.backward()
     reached = {n for n, p in model.separator.named_parameters() if p.grad is not None}
     head = {"rnn": "linear", "tcn": "tcn.network.3"}[separator]
@@ -106,9 +107,8 @@ def test_alignment_gradient_reaches_below_the_tap_and_no_text_is_needed_per_utte
     model.zero_grad()
     with listen(model.separator, model.taps) as heard:
         model.forward_enhance(speech, lengths, {})
-    loss = model.transfer(
-        heard.sequence(model.taps), heard.lengths, torch.zeros(3, 1, 6), torch.ones(3).long()
-    )
+    acoustic = heard.sequence(model.taps)
+    loss = model.transfer(*acoustic, torch.zeros(3, 1, 6), torch.ones(3).long())
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None for p in model.transfer.parameters())
