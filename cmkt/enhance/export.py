@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cmkt import __version__
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.build import OWN_SEPARATORS
 from cmkt.espnet_plugin.rivals import without_rivals
 from cmkt.settings import read_mapping
 from cmkt.stage import Stage, atomic_file
@@ -110,10 +111,16 @@ def exported_config(config: dict, sample_rate: int) -> dict:
         config: config.yaml of the training.
         sample_rate: in Hz.
     """
+    from cmkt.espnet_plugin.spectral_criterions import SPECTRAL_CRITERIONS
+
     kept = {key: config[key] for key in CONFIG_KEYS if key in config}
     # Initialisation is overwritten by the weights; some of ESPnet's kinds come and go.
     kept |= {"init": None, "sample_rate": sample_rate}
-    kept["criterions"] = without_rivals(kept.get("criterions") or [])
+    kept["criterions"] = [
+        criterion
+        for criterion in without_rivals(kept.get("criterions") or [])
+        if criterion.get("name") not in SPECTRAL_CRITERIONS
+    ]
     conf = config.get("transfer_conf") or {}
     if config.get("transfer") == "cmkt" and conf.get("feedback") is not None:
         # The one thing of ours that stays in the model. Stock ESPnet would load the rest and leave
@@ -222,9 +229,10 @@ def write_card(export: Path, experiment: Path) -> None:
     if llm:
         llm_line = ", ".join(f"{key} {value}" for key, value in llm.items())
     data_line = ", ".join(f"{mode}: {name}" for mode, name in meta["data"].items())
+    ours = meta["backbone"] in OWN_SEPARATORS
     facts = {
         "sampling rate": f"{meta['sample_rate']} Hz",
-        "backbone": f"`{meta['backbone']}` (ESPnet separator)",
+        "backbone": f"`{meta['backbone']}` (separator of {'cmkt' if ours else 'ESPnet'})",
         "parameters": f"{meta['parameters']:,}",
         "language model in training": llm_line,
         "data sets": data_line or "not recorded",
@@ -239,6 +247,8 @@ def write_card(export: Path, experiment: Path) -> None:
     from espnet2.bin.enh_inference import SeparateSpeech
     enhance = SeparateSpeech("{export.name}/config.yaml", "{export.name}/model.pth")
     enhanced = enhance(noisy[None], fs={meta["sample_rate"]})[0][0]  # noisy: (samples,) float32"""
+    if ours:
+        stock = "Its separator is one of `cmkt`, which stock ESPnet does not know: it needs `cmkt`."
     if (meta["transfer_conf"] or {}).get("feedback") is not None:
         stock = "It holds a feedback adapter, which stock ESPnet does not know: it needs `cmkt`."
     card = f"""# {meta["name"]}
