@@ -2,8 +2,9 @@
 
 Reads a Kaldi data directory and writes another one: wav.scp (the mixtures), spk1.scp (the
 references), text, utt2spk, spk2utt, utt2snr, utt2noise, noise.scp (the noise files used), utt2room,
-16-bit wav files in audio/ and spk1/, and, if there were any, `skipped` (silent or unreadable
-speech or noise, with the reason; more than 1 % unreadable is an error).
+16-bit wav files in audio/ and spk1/, ctm (word times) if the data directory has it, and, if there
+were any, `skipped` (silent or unreadable speech or noise, with the reason; more than 1 %
+unreadable is an error).
 
 A mixture depends on --seed, the utterance id and the noise and rooms there are, not on --nj or,
 without babble, the other utterances. The SNR is the active speech level (ITU-T P.56: pauses do not
@@ -41,6 +42,7 @@ from cmkt.corpus.noise import SPLITS, list_audio
 from cmkt.corpus.online import prepare_online
 from cmkt.corpus.rooms import REFERENCES
 from cmkt.corpus.source import Source, check_pair, refuse_unreadable
+from cmkt.corpus.word_times import CTM, copy_word_times
 from cmkt.errors import CmktError
 from cmkt.parallel import journaled_map, parallel_map, read_journal
 from cmkt.stage import MARKER, Stage
@@ -154,7 +156,8 @@ def mix(
             rooms = Rooms(files, _share("--rir_share", rir_share), rir_reference)
     items = _items(data, data_dir)
     extra_names = [n for n in ("utt2snr", "utt2noise") if paired and (data_dir / n).exists()]
-    tables = ("wav.scp", "spk1.scp", "utt2spk", "text", MARKER, *extra_names)
+    word_times = [CTM] if (data_dir / CTM).exists() else []
+    tables = ("wav.scp", "spk1.scp", "utt2spk", "text", MARKER, *extra_names, *word_times)
     speech = [Path(path) for table in (data.wav, data.spk1 or {}) for path in table.values()]
     options = {
         "output_dir": str(output_dir),
@@ -184,7 +187,9 @@ def mix(
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with stage.working_directory() as work:
         if online:
-            prepare_online(work, output_dir, data, items, noise, rooms, fs, channel, nj)
+            made = prepare_online(work, output_dir, data, items, noise, rooms, fs, channel, nj)
+            if word_times:
+                copy_word_times(data_dir / CTM, work / CTM, {key: key for key in made.wav})
             return
         for folder in ("audio", "spk1"):
             (work / folder).mkdir(exist_ok=True)
@@ -201,6 +206,9 @@ def mix(
         made, skipped = _tables(output_dir, data, results, noise)
         made.extra |= extra
         _write_tables(work, output_dir, made, skipped | bad)
+        if word_times:
+            origins = {key: r["utterance"] for r in results for key, *_ in r["mixtures"]}
+            copy_word_times(data_dir / CTM, work / CTM, origins)
 
 
 def _mix_all(mixer: Mixer, items: list[Item], nj: int, journal: Path) -> list[dict]:

@@ -72,7 +72,7 @@ def prepare_online(
     fs: int,
     channel: int,
     nj: int,
-) -> None:
+) -> DataDirectory:
     """Write wav.scp and spk1.scp (both the clean speech), noise.scp, rir.scp and the other tables.
 
     Args:
@@ -85,6 +85,9 @@ def prepare_online(
         fs: sampling rate in Hz.
         channel: which channel of multi-channel files.
         nj: parallel jobs.
+
+    Returns:
+        what is written.
 
     Raises:
         CmktError: more than 1 % unreadable, or nothing left.
@@ -113,3 +116,4 @@ def prepare_online(
     if skipped:
         write_table(work / "skipped", skipped)
     made.write(work)
+    return made

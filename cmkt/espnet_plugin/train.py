@@ -8,6 +8,9 @@ killed; with other data or settings, the old experiment is moved aside and train
 The sampling rate is that of the mixtures. Where the YAML was written for another `sample_rate`, its
 windows, hops and kernels are scaled, so that they last as long as at that rate.
 
+With --size the model and the training have another size than in the YAML; `--size tiny` is for
+trials on a CPU. Give such trainings an experiment folder of their own.
+
 With --mixing_config the training data is mixed anew in each epoch, from the speech, noise and rooms
 that `cmkt mix --online` has listed in --train_dir.
 """
@@ -19,20 +22,31 @@ import json
 import logging
 import re
 import sys
+import tempfile
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
+import yaml
+
 from cmkt.corpus.datadir import read_table
+from cmkt.corpus.word_times import CTM
 from cmkt.errors import CmktError
 from cmkt.espnet_plugin.rivals import recognisers
+from cmkt.espnet_plugin.sizes import apply_size
 from cmkt.espnet_plugin.tokens import FOLDER as TOKEN_IDS
 from cmkt.settings import read_mapping
 from cmkt.stage import MARKER, Stage
 
 PASS_THROUGH = True
 
+# On which and how many processes; not what is made.
+PROCESSES = {"multiprocessing_distributed", "local_rank"} | {
+    f"dist_{name}"
+    for name in ("backend", "init_method", "world_size", "rank", "master_addr", "master_port",
+                 "launcher")
+}  # fmt: skip
 # What may change between two runs of one training without making it another training.
 NOT_IDENTITY = {"max_epoch", "ngpu", "num_workers", "log_interval", "log_level"}
 
@@ -42,6 +56,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--config", type=Path, help="training YAML, for example conf/train_blstm.yaml"
     )
+    parser.add_argument("--size", help="another size of the YAML's model, for example tiny, which "
+                        "size/tiny.yaml beside the YAML holds")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, help="experiment or statistics folder")
     parser.add_argument("--train_dir", type=Path, help="mixture directory to train on (stage 2)")
     parser.add_argument("--valid_dir", type=Path, help="mixture directory to validate on (stage 2)")
@@ -70,7 +86,12 @@ def run(args, rest: list[str]) -> None:
         raise CmktError("--output_dir is not given")
     collect = args.collect_stats == "true"
     config = _read_config(args.config)
+    if args.size is not None:
+        if args.config is None:
+            raise CmktError("--size needs --config", remedy="it changes a training YAML")
+        config = apply_size(config, args.config, args.size)
     options = {"config": config, **_pairs(rest)}
+    options = {key: value for key, value in options.items() if key not in PROCESSES}
     told = config.get("transfer", "none")
     wanted = options["transfer"][-1] if options.get("transfer") else told
     if wanted == told:  # `--transfer none` leaves a baseline the same training
@@ -86,7 +107,7 @@ def run(args, rest: list[str]) -> None:
         print(f"{args.output_dir}: up to date")
         return
     task = _task()
-    parsed = _parse(task, command, args.config)
+    parsed = _parse(task, command, args.config, config if args.size is not None else None)
     stated = "sample_rate" in config or "sample_rate" in options
     fit_sample_rate(parsed, _rate_of(args.train_dir), stated)
     if mixing:
@@ -94,6 +115,8 @@ def run(args, rest: list[str]) -> None:
         parsed.noise_scp = str(args.train_dir / "noise.scp")
         rooms = args.train_dir / "rir.scp"
         parsed.rir_scp = str(rooms) if rooms.exists() else None
+    if args.train_dir and (args.train_dir / CTM).exists():
+        parsed.word_times = parsed.word_times or str(args.train_dir / CTM)
     if transfer and args.llm_dir:
         from cmkt.espnet_plugin.tokens import find_vocabulary, write_token_ids, write_vocabulary
         from cmkt.linguistic.store import STATISTICS, check_arks, read_meta, require_same_meta
@@ -106,12 +129,16 @@ def run(args, rest: list[str]) -> None:
         meta = read_meta(stores[0])
         parsed.linguistic_meta = meta
         parsed.linguistic_statistics = str(stores[0] / STATISTICS)
+        parsed.linguistic_tokens = str(stores[0] / "tokens")
         sizes = {"linguistic_dim": meta["dimension"], "vocabulary": len(vocabulary) + 1}
         parsed.transfer_conf = {**parsed.transfer_conf, **sizes}
     if collect:
         with stage.working_directory() as work, redirect_stderr(io.StringIO()):
             parsed.output_dir = str(work)
             task.main(args=parsed)
+        return
+    if not _is_leader(parsed):  # another process prepares the folder, logs and finishes
+        task.main(args=parsed)
         return
     identity = {key: value for key, value in options.items() if key not in NOT_IDENTITY}
     identity["config"] = {k: v for k, v in config.items() if k not in NOT_IDENTITY}
@@ -123,7 +150,7 @@ def run(args, rest: list[str]) -> None:
             path = args.output_dir / TOKEN_IDS / mode
             write_token_ids(args.llm_dir / folder.name, utterances, vocabulary, path)
     with open(args.output_dir / "train.log", "a") as log, redirect_stderr(log):
-        _log_to(log, args.output_dir.name)
+        log_to(log, args.output_dir.name)
         task.main(args=parsed)
     stage.finish()
 
@@ -161,7 +188,7 @@ def fit_sample_rate(args: argparse.Namespace, fs: int | None, stated: bool) -> N
 
     Args:
         args: ESPnet's options, changed in place: the STFT or convolution of encoder and decoder,
-            `fold_length` and `sample_rate`.
+            `fold_length`, `batch_bins` and `sample_rate`.
         fs: of the data, in Hz; None where it is not known.
         stated: whether `sample_rate` is the user's word; ESPnet's default of 8000 says nothing.
 
@@ -188,6 +215,9 @@ def fit_sample_rate(args: argparse.Namespace, fs: int | None, stated: bool) -> N
         if "default_fs" in conf:
             conf["default_fs"] = fs
     args.fold_length = [scaled("fold_length", length) for length in args.fold_length]
+    for key in ("batch_bins", "valid_batch_bins"):  # a number of samples, not of any frames
+        if getattr(args, key):
+            setattr(args, key, getattr(args, key) * fs // args.sample_rate)
     args.sample_rate = fs
 
 
@@ -197,6 +227,12 @@ def _task():
         from cmkt.espnet_plugin.task import TransferEnhancementTask
 
     return TransferEnhancementTask
+
+
+def _is_leader(parsed: argparse.Namespace) -> bool:
+    from cmkt.espnet_plugin.processes import is_leader
+
+    return is_leader(parsed)
 
 
 def _read_config(path: Path | None) -> dict:
@@ -250,8 +286,15 @@ def _espnet_command(args, rest, transfer: bool, collect: bool) -> tuple[list[str
     return command + rest, inputs
 
 
-def _parse(task, command: list[str], config: Path | None):
-    """Parse ESPnet's options; errors are one line and name the YAML's line."""
+def _parse(task, command: list[str], config: Path | None, sized: dict | None = None):
+    """Parse ESPnet's options; errors are one line and name the YAML's line.
+
+    Args:
+        task: whose options they are.
+        command: ESPnet's options, with `--config`.
+        config: the YAML given there.
+        sized: what to take instead of its contents, at another size.
+    """
     parser = task.get_parser()
     known = {action.dest for action in parser._actions}
 
@@ -268,7 +311,14 @@ def _parse(task, command: list[str], config: Path | None):
                 f"did you mean {near[0]}?" if near else "see `cmkt train --print_config`",
             )
     parser.error = fail
-    return parser.parse_args(command)
+    if sized is None:
+        return parser.parse_args(command)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as merged:
+        yaml.safe_dump(sized, merged)
+        merged.flush()
+        parsed = parser.parse_args([*command, "--config", merged.name])
+    parsed.config = str(config)
+    return parsed
 
 
 def _line_of(config: Path, key: str) -> int | None:
@@ -338,7 +388,7 @@ def _for_terminal(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR or "epoch results:" in record.getMessage()
 
 
-def _log_to(log: TextIO, name: str) -> None:
+def log_to(log: TextIO, name: str) -> None:
     """Send ESPnet's full log to a file and one line an epoch to the terminal."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)

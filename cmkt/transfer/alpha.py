@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cmkt.transfer.diagnostics import gradient_norm
+from cmkt.transfer.distributed import total_norm
 from cmkt.transfer.settings import build_part, choice, number, whole
 
 # What is left of the transfer's weight 1 - alpha when the share q of the schedule is over.
@@ -124,7 +125,7 @@ class BalancedGradients(nn.Module):
         return of_se * loss_se + of_cma * loss_cma
 
     def _measure(self, loss_se, loss_cma, stream) -> None:
-        of_se, of_cma = (gradient_norm(loss, stream) for loss in (loss_se, loss_cma))
+        of_se, of_cma = (total_norm(gradient_norm(loss, stream)) for loss in (loss_se, loss_cma))
         weight = self.share / (1 - self.share) * of_se / of_cma
         if weight.isfinite() and weight > 0:
             kept = self.smoothing if self.weight > 0 else 0.0

@@ -5,6 +5,11 @@ from torch.nn import functional as F
 
 SCALE = 1024  # of a loss for its gradient, so that in float16 small ones do not become 0
 
+# Names and order of what `CrossModalTransfer.diagnostics` returns.
+DIAGNOSTICS = ("cos_matched", "retrieval_top1", "retrieval_top5", "cos_mismatched",
+               "retrieval_top1_mismatched", "retrieval_top5_mismatched", "transfer_gap",
+               "alignment_entropy", "alignment_monotonicity")  # fmt: skip
+
 
 def retrieval(
     zhat: torch.Tensor,

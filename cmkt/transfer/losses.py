@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmkt.transfer.alignment.base import Aligned
+from cmkt.transfer.distributed import mean_divisor
 from cmkt.transfer.sequences import lengths_to_mask
 from cmkt.transfer.settings import build_part, choice, number, unknown_key
 
@@ -151,6 +152,8 @@ NO_COST = "transport_cost needs an optimal-transport alignment"
 class TransferLoss(nn.Module):
     """L_CMA: the weighted sum of losses, each the mean over the utterances that have text.
 
+    In distributed training that is the mean over the utterances of all processes.
+
     Args:
         conf: a key of `LOSSES`, or a mapping from keys to their weights or, for a loss with
             settings, to a mapping with `weight` (default 1) and these; for example
@@ -206,7 +209,8 @@ class TransferLoss(nn.Module):
             parameter takes part in distributed training; and each loss by name, without weight.
         """
         chosen = mask.any(1)
-        utterances = chosen.sum().clamp(min=1)
+        # In evaluation a process may be alone at it, so nothing is summed over processes there.
+        utterances = mean_divisor(chosen) if self.training else chosen.sum().clamp(min=1)
         # Half precision would lose the small differences that a cosine is made of.
         with torch.autocast(text.device.type, enabled=False):
             # Masked first: a NaN in the padding would reach the gradient through a weight of 0.

@@ -6,7 +6,14 @@ from torch import nn
 from cmkt.transfer.alignment import build_alignment
 from cmkt.transfer.alignment.base import Aligned
 from cmkt.transfer.alpha import build_alpha
-from cmkt.transfer.diagnostics import entropy, gradient_norm, monotonicity, retrieval
+from cmkt.transfer.diagnostics import (
+    DIAGNOSTICS,
+    entropy,
+    gradient_norm,
+    monotonicity,
+    retrieval,
+)
+from cmkt.transfer.distributed import is_distributed
 from cmkt.transfer.losses import TransferLoss, mean_cosine, text_mask
 from cmkt.transfer.misalignment import Misalignment, take
 from cmkt.transfer.settings import build_part
@@ -178,12 +185,15 @@ class CrossModalTransfer(nn.Module):
             `cos_matched`, `cos_mismatched` (acoustics rolled among the utterances with text) and
             their difference `transfer_gap`; `retrieval_top1` and `retrieval_top5` (see
             `retrieval`), the same with `_mismatched`; `alignment_entropy` and
-            `alignment_monotonicity`. Empty when fewer than two utterances have text.
+            `alignment_monotonicity`. Empty when fewer than two utterances have text; NaN instead
+            on a process of a distributed training.
         """
         mask = text_mask(text, text_lengths)
         chosen = mask.any(1)
         if chosen.sum() < 2:
-            return {}
+            # All processes of a distributed training must report the same names.
+            missing = text.new_tensor(float("nan"), dtype=torch.float32)
+            return dict.fromkeys(DIAGNOSTICS, missing) if is_distributed() else {}
         acoustic, acoustic_lengths = acoustic[chosen], acoustic_lengths.to(acoustic.device)[chosen]
         text, text_lengths = text[chosen], text_lengths.to(text.device)[chosen]
         mask = mask[chosen]

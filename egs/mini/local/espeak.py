@@ -1,6 +1,7 @@
-"""espeak-ng through ctypes: text to samples, the same samples on every run."""
+"""espeak-ng through ctypes: text to samples and word times, the same on every run."""
 
 import ctypes
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import soxr
 
+from cmkt.corpus.word_times import Word
 from cmkt.errors import CmktError
 
 RATE = 16000
@@ -17,8 +19,26 @@ SYNCHRONOUS, UTF8 = 2, 1
 SPEED, VOLUME, PITCH, RANGE = 1, 2, 3, 4
 # At the default volume, 100, some variants saturate within espeak-ng.
 QUIET = 30
+LAST_EVENT, WORD_EVENT = 0, 1  # types of espeak_EVENT
+
+
+class Event(ctypes.Structure):
+    """espeak_EVENT: something that happens within the samples of one callback."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),  # in characters, from 1 on
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),  # milliseconds from the beginning
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    )
+
+
 CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event)
 )
 
 
@@ -54,6 +74,11 @@ def require_espeak() -> None:
 
 
 def synthesise(text: str, voice: Voice) -> np.ndarray:
+    """Speak, as `synthesise_words`, and return the samples alone."""
+    return synthesise_words(text, voice)[0]
+
+
+def synthesise_words(text: str, voice: Voice) -> tuple[np.ndarray, list[Word]]:
     """Speak.
 
     espeak-ng keeps state from one sentence to the next, and nothing resets all of it, so each
@@ -64,7 +89,8 @@ def synthesise(text: str, voice: Voice) -> np.ndarray:
         voice: who says them.
 
     Returns:
-        samples (N,) float32 at 16 kHz, of any level, not clipped.
+        samples (N,) float32 at 16 kHz, of any level, not clipped; the words and when they are
+        said. A word ends where the next one begins: a pause belongs to the word before it.
 
     Raises:
         CmktError: no such voice, or espeak-ng fails.
@@ -75,8 +101,23 @@ def synthesise(text: str, voice: Voice) -> np.ndarray:
     raw = _in_child(lambda: _speak(library, data, text, voice))
     if not raw:
         raise CmktError(f"espeak-ng cannot say {text!r} with the voice {voice.voice}")
+    head, _, raw = raw.partition(b"\n")
     samples = np.frombuffer(raw, np.int16).astype(np.float32) / 32768
-    return soxr.resample(samples, ESPEAK_RATE, RATE).astype(np.float32)
+    samples = soxr.resample(samples, ESPEAK_RATE, RATE).astype(np.float32)
+    return samples, _words(text, json.loads(head), len(samples) / RATE)
+
+
+def _words(text: str, events: list[tuple[int, int]], seconds: float) -> list[Word]:
+    """Turn word events (character, milliseconds) into words.
+
+    A word is all that stands before the next one: of some Mandarin words the event's own length
+    is that of the first character.
+    """
+    places = [at - 1 for at, _ in events]
+    starts = [min(ms / 1000, seconds) for _, ms in events]
+    pieces = [text[a:b] for a, b in zip(places, [*places[1:], len(text)], strict=True)]
+    spoken = ["".join(piece.split()) for piece in pieces]
+    return list(map(Word, spoken, starts, [*starts[1:], seconds]))
 
 
 def _in_child(function: Callable[[], bytes]) -> bytes:
@@ -99,17 +140,23 @@ def _in_child(function: Callable[[], bytes]) -> bytes:
 
 
 def _speak(library_path: str, data_path: str, text: str, voice: Voice) -> bytes:
-    """Return 16-bit samples at 22.05 kHz; empty if espeak-ng refuses."""
+    """Return the word events in a line and 16-bit samples at 22.05 kHz; empty if refused."""
     library = ctypes.CDLL(library_path)
     if library.espeak_Initialize(SYNCHRONOUS, 0, data_path.encode(), 0) != ESPEAK_RATE:
         return b""
     ctypes.CDLL(None).srand(1)  # the breath of some voices comes from the C library's rand()
-    pieces = []
+    pieces, spoken = [], []
 
     @CALLBACK
-    def receive(samples, count, _):
+    def receive(samples, count, events):
         if samples and count > 0:
             pieces.append(ctypes.string_at(samples, 2 * count))
+        number = 0
+        while events and events[number].type != LAST_EVENT:
+            event = events[number]
+            if event.type == WORD_EVENT:
+                spoken.append((event.text_position, event.audio_position))
+            number += 1
         return 0
 
     library.espeak_SetSynthCallback(receive)
@@ -125,4 +172,4 @@ def _speak(library_path: str, data_path: str, text: str, voice: Voice) -> bytes:
     words = text.encode()
     library.espeak_Synth(words, ctypes.c_size_t(len(words) + 1), 0, 0, 0, UTF8, None, None)
     library.espeak_Synchronize()
-    return b"".join(pieces)
+    return json.dumps(spoken).encode() + b"\n" + b"".join(pieces) if pieces else b""

@@ -1,9 +1,9 @@
 """Make the embedded corpus: synthesised English or Mandarin speech and generated noise.
 
-Writes data/{train,valid,test}, Kaldi data directories of clean speech at 16 kHz, and
-data/noise/{train,valid,test}. Voices, sentences and noise recordings are disjoint between the
-sets; the noise families machine and wind are in test only. The same seed gives the same
-samples, whatever --nj.
+Writes data/{train,valid,test}, Kaldi data directories of clean speech at 16 kHz with word times
+(`ctm`), and data/noise/{train,valid,test}. Voices, sentences and noise recordings are disjoint
+between the sets; the noise families machine and wind are in test only. The same seed gives the
+same samples, whatever --nj.
 """
 
 import argparse
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from espeak import RATE, Voice, require_espeak, synthesise
+from espeak import RATE, Voice, require_espeak, synthesise, synthesise_words
 from noises import BABBLE, FAMILIES, MAKERS
 from sentences import GRAMMARS, split_sentences
 from voices import speakers
 
 from cmkt.corpus.datadir import DataDirectory
 from cmkt.corpus.noise import fit_length
+from cmkt.corpus.word_times import CTM, read_word_times, write_word_times
 from cmkt.errors import CmktError, run_command
 from cmkt.parallel import parallel_map
 from cmkt.stage import Stage, atomic_file
@@ -53,10 +54,12 @@ def write_audio(path: Path, samples: np.ndarray, level: float) -> None:
 
 
 def make_utterance(job: tuple[Path, str, Voice, int]) -> None:
-    """Synthesise one utterance, at a level of its own."""
+    """Synthesise one utterance, at a level of its own, and note its word times beside it."""
     path, text, voice, seed = job
     level = 10 ** (generator_for(seed, path.stem).uniform(*LEVELS) / 20)
-    write_audio(path, synthesise(text, voice), level)
+    samples, words = synthesise_words(text, voice)
+    write_word_times(path.with_suffix(".ctm"), {path.stem: words})
+    write_audio(path, samples, level)  # last: an utterance with audio is not made again
 
 
 def make_recording(job: tuple[Path, str, str, list[str], dict]) -> None:
@@ -109,6 +112,12 @@ def make_set(name: str, sentences: list[str], folder: Path, options: dict, nj: i
             data.utt2spk[utterance], data.text[utterance] = voice.name, text
             jobs.append((work / "audio" / f"{utterance}.flac", text, voice, options["seed"]))
         make_missing(make_utterance, jobs, work, nj, f"speech {name}")
+        notes = [job[0].with_suffix(".ctm") for job in jobs]
+        if not (work / CTM).exists():
+            said = [read_word_times(note) for note in notes]
+            write_word_times(work / CTM, {u: words for one in said for u, words in one.items()})
+        for note in notes:
+            note.unlink(missing_ok=True)
         data.write(work)
 
 
