@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from training_step import REPOSITORY, build, step
+from training import REPOSITORY, build, step
 
 from cmkt.transfer.alignment import ALIGNMENTS, build_alignment
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from training_step import REPOSITORY, build, step
+from training import REPOSITORY, build, step
 
 from cmkt.corpus.audio import read_audio
 from cmkt.corpus.datadir import read_table

@@ -1,8 +1,9 @@
 """Tell how large a model is and what it costs to run.
 
 Printed are the parameters of the enhancement model; those of the transfer, which only training
-has; the multiply-accumulates (MACs) of a second of audio, as the mean over 4 s; the tap; and the
-parameters and MACs of a feedback adapter, with their shares of the separator's parameters and of
+has; the multiply-accumulates (MACs) of a second of audio, as the mean over 4 s; how far an output
+sample looks back and ahead, and the algorithmic latency that follows; the tap; and the parameters
+and MACs of a feedback adapter, with their shares of the separator's parameters and of
 the other MACs. MACs are those of matrix products and convolutions; Fourier transforms and
 element-wise operations are left out.
 
@@ -17,6 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.receptive_field import SECONDS as REACH
+from cmkt.espnet_plugin.receptive_field import (
+    ReceptiveField,
+    find_receptive_field,
+    make_recurrences_remember,
+)
 from cmkt.settings import read_mapping
 
 SECONDS = 4  # MACs are not linear in the length: an STFT has a frame at each end, attention squares
@@ -86,7 +93,10 @@ def describe(config: dict, linguistic_dim: int | None = None) -> dict:
 
     Returns:
         `sample_rate` in Hz, `parameters`, `transfer_parameters` (None: not known without
-        `linguistic_dim`), `macs_per_second`, `taps` (module, side and width of each) and
+        `linguistic_dim`), `macs_per_second`, `receptive_field` (`past` and `future` in seconds;
+        None: `receptive_field.SECONDS` or more), `latency` in ms (None: not causal), `normalises`
+        (whether the level of the whole signal is needed first), `taps` (module, side and width of
+        each) and
         `feedback` (`parameters`, `macs_per_second`, `share_of_parameters` and `share_of_macs` in
         per cent; None without adapter).
 
@@ -97,12 +107,13 @@ def describe(config: dict, linguistic_dim: int | None = None) -> dict:
     from cmkt.espnet_plugin.build import build_enhancement_model
 
     model, transfer_parameters, taps = build_enhancement_model(config), 0, []
+    sample_rate = find_sample_rate(config)
     if config.get("transfer") == "cmkt":
         conf, name = dict(config["transfer_conf"]), config["separator"]
-        model, transfer_parameters = _with_transfer(model, name, conf, linguistic_dim)
-        taps = _taps(model, name, conf)
-    sample_rate = find_sample_rate(config)
+        model, transfer_parameters = _with_transfer(model, name, conf, linguistic_dim, sample_rate)
+        taps = _taps(model, name, conf, sample_rate)
     macs, feedback_macs = count_macs_per_second(model, sample_rate)
+    field = receptive_field(model, sample_rate)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     sizes = {name: size for name, size in sizes.items() if not name.startswith("transfer.")}
     return {
@@ -110,12 +121,17 @@ def describe(config: dict, linguistic_dim: int | None = None) -> dict:
         "parameters": sum(sizes.values()),
         "transfer_parameters": transfer_parameters,
         "macs_per_second": macs,
+        "receptive_field": {"past": field.past, "future": field.future},
+        "latency": field.latency,
+        "normalises": model.normalize_variance or model.normalize_variance_per_ch,
         "taps": taps,
         "feedback": _feedback(sizes, macs, feedback_macs),
     }
 
 
-def _with_transfer(model, separator_name: str, conf: dict, linguistic_dim: int | None):
+def _with_transfer(
+    model, separator_name: str, conf: dict, linguistic_dim: int | None, sample_rate: int
+):
     """Return the model as in training, and how many parameters its transfer has, if that is known.
 
     Without the width of the embeddings no transfer can be built; alpha = 1 builds none, and has
@@ -128,22 +144,30 @@ def _with_transfer(model, separator_name: str, conf: dict, linguistic_dim: int |
     known = conf["linguistic_dim"] is not None or conf.get("alpha") == 1
     if conf["linguistic_dim"] is None:
         conf |= {"linguistic_dim": 1, "alpha": 1}
-    model = add_transfer(model, separator_name, conf, {})
+    model = add_transfer(model, separator_name, conf, {}, sample_rate)
     transfer = model.transfer
     count = 0 if transfer is None else sum(p.numel() for p in transfer.parameters())
     return model, count if known else None
 
 
-def _taps(model, separator_name: str, conf: dict) -> list[dict]:
-    """Return where the acoustic sequence is taken."""
-    from cmkt.espnet_plugin.taps import find_taps, prepare_separator, tap_width
+def _taps(model, separator_name: str, conf: dict, sample_rate: int) -> list[dict]:
+    """Return where the acoustic sequence is taken, and what the alignment is given of it."""
+    from cmkt.espnet_plugin.listening import find_listeners
+    from cmkt.espnet_plugin.taps import find_taps
 
-    taps = find_taps(separator_name, conf.get("tap", "auto"))
-    prepare_separator(model.separator, taps)
-    widths = [tap_width(model.encoder, model.separator, [tap]) for tap in taps]
+    taps = find_taps(separator_name, model.separator, conf.get("tap", "auto"))
+    listeners = find_listeners(
+        model.encoder, model.separator, taps, conf.get("pooling"), sample_rate
+    )
     return [
-        {"module": tap.module, "side": tap.side, "width": width}
-        for tap, width in zip(taps, widths, strict=True)
+        {
+            "module": one.tap.module,
+            "side": one.tap.side,
+            "layout": one.tap.layout,
+            "width": one.width,
+            "frames_per_second": one.frames_per_second,
+        }
+        for one in listeners
     ]
 
 
@@ -167,6 +191,36 @@ def _feedback(sizes: dict[str, int], macs: float, feedback_macs: float) -> dict 
     }
 
 
+def run_model(model, speech, sample_rate: int):
+    """Enhance without ESPnet's conversion of lengths and levels.
+
+    Args:
+        model: an `ESPnetEnhancementModel` in evaluation mode.
+        speech: (1, N) samples.
+        sample_rate: in Hz, for encoders that scale their STFT with it.
+
+    Returns:
+        (1, N) samples.
+    """
+    import torch
+
+    from cmkt.enhance.loading import RATE_AWARE
+
+    rate = sample_rate if type(model.separator).__name__ in RATE_AWARE else None
+    lengths = torch.tensor([speech.shape[1]])
+    features, feature_lengths = model.encoder(speech, lengths, fs=rate)
+    features, _, _ = model.separator(features, feature_lengths, {})
+    return model.decoder(features[0], lengths, fs=rate)[0]
+
+
+def model_rate(model, sample_rate: int) -> int:
+    """Return the sampling rate that a model works at inside, in Hz."""
+    from cmkt.enhance.loading import RATE_AWARE
+
+    aware = type(model.separator).__name__ in RATE_AWARE
+    return 48000 if model.always_forward_in_48k and not aware else sample_rate
+
+
 def count_macs_per_second(model, sample_rate: int) -> tuple[float, float]:
     """Count the MACs of enhancing a second of audio, as the mean over `SECONDS`.
 
@@ -179,24 +233,36 @@ def count_macs_per_second(model, sample_rate: int) -> tuple[float, float]:
     """
     import torch
 
-    from cmkt.enhance.loading import RATE_AWARE
     from cmkt.espnet_plugin.recurrent import run_layer_by_layer
 
-    rate = sample_rate if type(model.separator).__name__ in RATE_AWARE else None
-    wide = rate is None and model.always_forward_in_48k
-    speech = torch.randn(1, SECONDS * (48000 if wide else sample_rate))
-    lengths = torch.tensor([speech.shape[1]])
-
-    def enhance():
-        features, feature_lengths = model.encoder(speech, lengths, fs=rate)
-        features, _, _ = model.separator(features, feature_lengths, {})
-        model.decoder(features[0], lengths, fs=rate)
-
+    speech = torch.randn(1, SECONDS * model_rate(model, sample_rate))
     model.eval()
     run_layer_by_layer(model)  # packed, an LSTM would be counted time step by time step: slowly
-    counts = count_macs(enhance)
+    counts = count_macs(lambda: run_model(model, speech, sample_rate))
     adapter = f"{type(model.separator).__name__}.feedback"
     return counts["Global"] / SECONDS, counts.get(adapter, 0) / SECONDS
+
+
+def receptive_field(model, sample_rate: int) -> ReceptiveField:
+    """Find how far a model looks back and ahead.
+
+    Args:
+        model: an `ESPnetEnhancementModel`; its weights are changed.
+        sample_rate: in Hz.
+    """
+    make_recurrences_remember(model)
+    model.double().eval()
+    rate = model_rate(model, sample_rate)
+    encoder = model.encoder
+    hop = getattr(encoder, "hop_length", None) or getattr(encoder, "stride", 1)
+    window = getattr(encoder, "win_length", None) or getattr(encoder, "kernel_size", 1)
+    scale = rate / getattr(encoder, "default_fs", rate)  # of encoders told their rate
+    return find_receptive_field(
+        lambda speech: run_model(model, speech, sample_rate),
+        rate,
+        round(hop * scale),
+        round(window * scale),
+    )
 
 
 def count_macs(function: Callable[[], object]) -> dict[str, int]:
@@ -233,7 +299,8 @@ def as_text(values: dict) -> str:
     if size is None:
         transfer = "in training only, of a size that depends on --linguistic_dim"
     taps = [
-        f"{tap['side']} of separator.{tap['module']} (width {tap['width']})"
+        f"{tap['side']} of separator.{tap['module']} (width {tap['width']}, "
+        f"{tap['frames_per_second']:g} frames/s)"
         for tap in values["taps"]
     ]
     lines = {
@@ -241,6 +308,8 @@ def as_text(values: dict) -> str:
         "parameters": f"{values['parameters']:,}",
         "transfer": transfer,
         "MACs per second": f"{values['macs_per_second'] / 1e6:,.2f} M",
+        "receptive field": _reach(values["receptive_field"]),
+        "latency": _latency(values),
         "tap": ", ".join(taps) or "none",
     }
     feedback = values["feedback"]
@@ -251,3 +320,20 @@ def as_text(values: dict) -> str:
             f"({feedback['share_of_macs']:.2f} % of the rest)"
         )
     return "\n".join(f"{name:<18}{value}" for name, value in lines.items())
+
+
+def _reach(field: dict) -> str:
+    """Say how far an output sample reaches into the input."""
+    past, future = (
+        f"{REACH} s or more" if field[side] is None else f"{field[side]:.3f} s"
+        for side in ("past", "future")
+    )
+    return f"{past} back, {future} ahead"
+
+
+def _latency(values: dict) -> str:
+    """Say how long a sample must wait for its output, apart from the computation."""
+    if values["latency"] is None:
+        return "the whole signal (not causal)"
+    level = ", after the level of the whole signal (normalize_variance)"
+    return f"{values['latency']} ms{level if values['normalises'] else ''}"

@@ -64,7 +64,8 @@ def test_feedback_equals_the_count_by_hand_and_is_compared_with_the_backbone(cap
     path.write_text(yaml.safe_dump({**config, "transfer": "cmkt", "transfer_conf": conf}))
     plain, values = info(capsys, BLSTM), info(capsys, path)
     width, frames = 2 * 96, SECONDS * 16000 // 320 + 1
-    assert values["taps"] == [{"module": "rnn.nbrnn.after.0", "side": "output", "width": width}]
+    tap = {"module": "rnn.nbrnn.after.0", "side": "output", "layout": "BTD"}
+    assert values["taps"] == [{**tap, "width": width, "frames_per_second": 50.0}]
     feedback = values["feedback"]
     assert feedback["macs_per_second"] == frames * 2 * width * 24 / SECONDS
     assert feedback["parameters"] == 2 * width + (width * 24 + 24) + (24 * width + width)
@@ -92,7 +93,7 @@ def test_the_transfer_is_counted_apart_once_its_width_is_known(capsys, tmp_path)
     assert values["transfer_parameters"] == expected
     unknown = info(capsys, path)
     assert unknown.pop("transfer_parameters") is None
-    assert unknown.items() <= values.items()
+    assert all(values[key] == value for key, value in unknown.items())
     assert info(capsys, write(tmp_path / "b.yaml"))["parameters"] == values["parameters"]
 
 
@@ -102,7 +103,7 @@ def test_a_training_and_its_export_tell_the_same(capsys, tmp_path, feedback):
     conf = transfer_conf(tap="first", linguistic_dim=6, feedback=feedback)
     write(tmp_path / "config.yaml", **changes, transfer_conf=conf)
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    model = add_transfer(build_enhancement_model(config), "rnn", conf, {})
+    model = add_transfer(build_enhancement_model(config), "rnn", conf, {}, 16000)
     torch.save(model.state_dict(), tmp_path / "valid.loss_se.best.pth")
     assert main(["export", str(tmp_path)]) == 0
     training, export = info(capsys, tmp_path), info(capsys, tmp_path / "export")
@@ -134,10 +135,32 @@ def test_errors_take_one_line(capsys, tmp_path):
         (tmp_path / "missing.yaml", "missing.yaml: no such model"),
         (tmp_path, "config.yaml: no such model"),
         (other, "other.yaml: not a training configuration: no encoder"),
-        (broken, "transfer_conf.tap: 'lst' is no tap"),
+        (broken, "separator rnn has no tap or module 'lst'"),
         (write(tmp_path / "rnm.yaml", separator="rnm"), "separator: no such choice: 'rnm'"),
     ):
         assert main(["info", str(path)]) == 1
         error = capsys.readouterr().err
         assert expected in error
         assert error.count("\n") == 1
+
+
+CAUSAL = {"num_spk": 1, "layer": 2, "stack": 1, "bottleneck_dim": 8, "hidden_dim": 8,
+          "causal": True, "norm_type": "cLN"}  # fmt: skip
+
+
+def test_receptive_field_equals_the_count_by_hand(capsys, tmp_path):
+    path = write(tmp_path / "tcn.yaml", separator="tcn", separator_conf=CAUSAL)
+    values = info(capsys, path)
+    # Kernels of 3 with dilations 1 and 2 reach 6 frames back, and a sample lies in two windows of
+    # 128 samples, whose first is zeroed.
+    assert values["receptive_field"] == {"past": 7 * 64 / 16000, "future": 127 / 16000}
+    assert values["latency"] == 8  # ms of a window
+    assert values["normalises"] is False
+
+
+def test_a_model_that_needs_the_whole_signal_has_no_latency_in_ms(capsys, tmp_path):
+    assert info(capsys, BLSTM)["latency"] is None
+    level = {"model_conf": {"normalize_variance": True}}
+    path = write(tmp_path / "tcn.yaml", separator="tcn", separator_conf=CAUSAL, **level)
+    assert main(["info", str(path)]) == 0
+    assert "8 ms, after the level of the whole signal" in capsys.readouterr().out
