@@ -9,7 +9,7 @@ command_line="./run.sh"
 help_message=$(<"$root/utils/help.txt")
 stage=1 stop_stage=9 skip_data_prep=false skip_train=false skip_eval=false dry_run=false
 ngpu=0 nj=2 fs=16000 data_dir=data dumpdir=dump expdir=exp results=RESULTS.md seeds=0 mix_seed=0 lang=""
-train_set=train valid_set=valid test_sets=test corpus_dir="" noise_dir="" data_args="" train_args=""
+train_set=train valid_set=valid test_sets=test corpus_dir="" noise_dir="" data_args="" train_args="" size=""
 text_source=transcript recogniser=pocketsphinx embed_args="" download_dir="" validate_args="" mix_args=""
 mixing_config="" metrics=pesq,stoi,estoi,si_snr,snr
 enh_config="conf/train_blstm.yaml conf/train_blstm_cmkt.yaml" llm_config=conf/llm/minilm.yaml
@@ -38,8 +38,8 @@ for config in $enh_config; do
     ! grep -q '^transfer: cmkt' "$config" || uses_text=true
 done
 [ "$text_source" != none ] || { uses_text=false; train_args+=" --transfer none"; }
-llm_config=$(find_file "$llm_config")
-llm_tag=$(basename "$llm_config" .yaml)
+llm_config=$(find_file "$llm_config") llm_tag=$(basename "$llm_config" .yaml)
+[ -z "$size" ] || { train_args+=" --size $size"; expdir+=_$size; }
 [ "$text_source" = transcript ] || llm_tag+=_${text_source/:/}
 llm_dir=$dumpdir/llm/$llm_tag
 [ -z "$mixing_config" ] || { mixing_config=$(find_file "$mixing_config"); train_args+=" --mixing_config $mixing_config"; }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cmkt import __version__
 from cmkt.errors import CmktError
-from cmkt.espnet_plugin.build import OWN_SEPARATORS
+from cmkt.espnet_plugin.build import OWN_CRITERIONS, OWN_SEPARATORS
 from cmkt.espnet_plugin.rivals import without_rivals
 from cmkt.settings import read_mapping
 from cmkt.stage import Stage, atomic_file
@@ -111,15 +111,13 @@ def exported_config(config: dict, sample_rate: int) -> dict:
         config: config.yaml of the training.
         sample_rate: in Hz.
     """
-    from cmkt.espnet_plugin.spectral_criterions import SPECTRAL_CRITERIONS
-
     kept = {key: config[key] for key in CONFIG_KEYS if key in config}
     # Initialisation is overwritten by the weights; some of ESPnet's kinds come and go.
     kept |= {"init": None, "sample_rate": sample_rate}
     kept["criterions"] = [
         criterion
         for criterion in without_rivals(kept.get("criterions") or [])
-        if criterion.get("name") not in SPECTRAL_CRITERIONS
+        if criterion.get("name") not in OWN_CRITERIONS
     ]
     conf = config.get("transfer_conf") or {}
     if config.get("transfer") == "cmkt" and conf.get("feedback") is not None:

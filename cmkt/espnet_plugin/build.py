@@ -5,7 +5,9 @@ enhancement need one encoder, one separator and one decoder.
 """
 
 import importlib
+import io
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from cmkt.errors import CmktError
@@ -54,6 +56,9 @@ OWN_SEPARATORS = {
     "gtcrn": "cmkt.espnet_plugin.separators.gtcrn:GTCRNSeparator",
     "mp_senet": "cmkt.espnet_plugin.separators.mp_senet:MPSENetSeparator",
 }
+# Losses of ours (spectral_criterions.py), which no enhancement needs.
+OWN_CRITERIONS = ("compressed_magnitude", "compressed_complex", "anti_wrapping_phase",
+                  "consistency", "relative_l1")  # fmt: skip
 
 
 def find_class(kind: str, name: str | None, table: dict[str, str]) -> type:
@@ -71,7 +76,8 @@ def find_class(kind: str, name: str | None, table: dict[str, str]) -> type:
         raise CmktError(f"{kind}: no such choice: {name!r}", remedy=f"known: {', '.join(table)}")
     module, _, cls = table[name].partition(":")
     try:
-        return getattr(importlib.import_module(module), cls)
+        with redirect_stdout(io.StringIO()):  # ESPnet tells what it would import as well
+            return getattr(importlib.import_module(module), cls)
     except ImportError as error:
         raise CmktError(
             f"{kind} {name} cannot be imported: {error}", remedy="install another ESPnet version"

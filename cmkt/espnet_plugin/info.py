@@ -8,6 +8,7 @@ the other MACs. MACs are those of matrix products and convolutions; Fourier tran
 element-wise operations are left out.
 
     cmkt info conf/train_tcn_cmkt.yaml --linguistic_dim 384
+    cmkt info conf/train_mp_senet.yaml --size tiny
     cmkt info exp/tcn_cmkt_minilm_seed0
     cmkt info exp/tcn_cmkt_minilm_seed0/export --json
 """
@@ -40,6 +41,7 @@ def add_arguments(parser) -> None:
         metavar="D",
         help="width of the token embeddings, for the transfer of a YAML that does not have it",
     )
+    parser.add_argument("--size", help="another size of a training YAML, for example tiny")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -47,7 +49,14 @@ def run(args) -> None:
     """Run `cmkt info`."""
     if args.linguistic_dim is not None and args.linguistic_dim < 1:
         raise CmktError("--linguistic_dim must be at least 1")
-    values = describe(read_config(args.model), args.linguistic_dim)
+    config = read_config(args.model)
+    if args.size is not None:
+        from cmkt.espnet_plugin.sizes import apply_size
+
+        if args.model.is_dir():
+            raise CmktError("--size is for training YAMLs", args.model)
+        config = apply_size(config, args.model, args.size)
+    values = describe(config, args.linguistic_dim)
     if args.json:
         print(json.dumps({"model": str(args.model), **values}, indent=2))
     else:

@@ -1,6 +1,7 @@
 """The same training at another size: `--size NAME` of `cmkt train` and `cmkt info`.
 
-A size file lies in the folder `size` beside the training YAML. Its key `all` changes the training,
+A size file lies in the folder `size` beside the training YAML (for a recipe's own YAML, in the
+repository's conf/size). Its key `all` changes the training,
 and a key for each separator changes the model:
 
     all:
@@ -37,7 +38,7 @@ def apply_size(config: dict, config_path: str | Path, name: str) -> dict:
     Raises:
         CmktError: no such size, a separator that it does not have, or a key that it cannot change.
     """
-    folder = Path(config_path).parent / "size"
+    folder = _size_folder(Path(config_path))
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
@@ -57,6 +58,13 @@ def apply_size(config: dict, config_path: str | Path, name: str) -> dict:
             merges = isinstance(value, dict) and isinstance(sized.get(key), dict)
             sized[key] = {**sized[key], **value} if merges else value
     return sized
+
+
+def _size_folder(config: Path) -> Path:
+    """Return the folder `size` beside a YAML or, for one of a recipe, in `conf` above it."""
+    beside = config.parent / "size"
+    above = [folder / "conf" / "size" for folder in config.resolve().parents]
+    return next((folder for folder in [beside, *above] if folder.is_dir()), beside)
 
 
 def _check(sizes: dict, path: Path) -> None:

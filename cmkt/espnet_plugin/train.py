@@ -47,6 +47,10 @@ PROCESSES = {"multiprocessing_distributed", "local_rank"} | {
     for name in ("backend", "init_method", "world_size", "rank", "master_addr", "master_port",
                  "launcher")
 }  # fmt: skip
+# Separators with bands, or an encoder of their own, for one sampling rate.
+BOUND_TO_RATE = ("bsrnn", "svoice")
+# Keys of a separator with an STFT of its own, in samples.
+OWN_TRANSFORM = {"tfgridnet": ("n_fft", "stride"), "tfgridnetv2": ("n_fft", "stride")}
 # What may change between two runs of one training without making it another training.
 NOT_IDENTITY = {"max_epoch", "ngpu", "num_workers", "log_interval", "log_level"}
 
@@ -109,7 +113,12 @@ def run(args, rest: list[str]) -> None:
     task = _task()
     parsed = _parse(task, command, args.config, config if args.size is not None else None)
     stated = "sample_rate" in config or "sample_rate" in options
+    written_for = parsed.sample_rate
     fit_sample_rate(parsed, _rate_of(args.train_dir), stated)
+    if stated and parsed.sample_rate != written_for:
+        print(
+            f"{args.config}: windows and hops scaled from {written_for} to {parsed.sample_rate} Hz"
+        )
     if mixing:
         parsed.mixing_conf = mixing
         parsed.noise_scp = str(args.train_dir / "noise.scp")
@@ -187,13 +196,14 @@ def fit_sample_rate(args: argparse.Namespace, fs: int | None, stated: bool) -> N
     """Scale a configuration to the sampling rate of the data.
 
     Args:
-        args: ESPnet's options, changed in place: the STFT or convolution of encoder and decoder,
-            `fold_length`, `batch_bins` and `sample_rate`.
+        args: ESPnet's options, changed in place: the STFT or convolution of encoder, decoder and
+            separator, `fold_length`, `batch_bins` and `sample_rate`.
         fs: of the data, in Hz; None where it is not known.
         stated: whether `sample_rate` is the user's word; ESPnet's default of 8000 says nothing.
 
     Raises:
-        CmktError: a length that is no whole number of samples at this rate.
+        CmktError: a length that is no whole number of samples at this rate, or a separator that is
+            for one rate only.
     """
     if fs is None or not stated:
         args.sample_rate = fs or args.sample_rate
@@ -214,6 +224,17 @@ def fit_sample_rate(args: argparse.Namespace, fs: int | None, stated: bool) -> N
                 conf[key] = scaled(key, conf[key])
         if "default_fs" in conf:
             conf["default_fs"] = fs
+    if args.separator in BOUND_TO_RATE and fs != args.sample_rate:
+        raise CmktError(
+            f"separator {args.separator} is laid out for {args.sample_rate} Hz, the data has {fs}",
+            getattr(args, "config", None),
+            remedy="write a configuration for this rate, with its sample_rate",
+        )
+    for key in OWN_TRANSFORM.get(args.separator, ()):
+        if args.separator_conf.get(key):
+            args.separator_conf[key] = scaled(key, args.separator_conf[key])
+    if "sample_rate" in args.separator_conf:
+        args.separator_conf["sample_rate"] = fs
     args.fold_length = [scaled("fold_length", length) for length in args.fold_length]
     for key in ("batch_bins", "valid_batch_bins"):  # a number of samples, not of any frames
         if getattr(args, key):

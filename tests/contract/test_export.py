@@ -12,7 +12,7 @@ import yaml
 
 from cmkt.cli import main
 from cmkt.enhance.loading import Enhancer
-from cmkt.espnet_plugin.build import SEPARATORS, build_enhancement_model
+from cmkt.espnet_plugin.build import OWN_CRITERIONS, SEPARATORS, build_enhancement_model
 
 STFT = {"n_fft": 128, "hop_length": 64}
 RNN = {"separator": "rnn", "separator_conf": {"num_spk": 1, "layer": 1, "unit": 8}}
@@ -153,3 +153,40 @@ def test_exported_weights_are_plain_tensors(tmp_path):
     weights = torch.load(tmp_path / "exp" / "export" / "model.pth", weights_only=True)
     assert type(weights) is dict
     assert all(type(tensor) is torch.Tensor for tensor in weights.values())
+
+
+STOCK = """
+import sys
+from espnet2.bin.enh_inference import SeparateSpeech
+SeparateSpeech(sys.argv[1] + "/config.yaml", sys.argv[1] + "/model.pth")
+"""
+
+
+def load_with_stock_espnet(folder) -> subprocess.CompletedProcess:
+    """Load an export in a process that knows nothing of this project."""
+    command = [sys.executable, "-c", STOCK, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_an_export_with_a_separator_of_ours_says_that_it_needs_cmkt(tmp_path):
+    blstm_sum = {"separator": "blstm_sum", "separator_conf": {"unit": 8}}
+    make_experiment(tmp_path / "exp", make_config(**blstm_sum))
+    assert main(["export", str(tmp_path / "exp")]) == 0
+    folder = tmp_path / "exp" / "export"
+    assert "it needs `cmkt`" in (folder / "README.md").read_text()
+    assert np.isfinite(Enhancer(folder)(speech())).all()
+    refused = load_with_stock_espnet(folder)
+    assert refused.returncode != 0 and "blstm_sum" in refused.stderr
+
+
+@pytest.mark.slow
+def test_losses_of_ours_do_not_keep_stock_espnet_from_loading(tmp_path):
+    from cmkt.espnet_plugin.spectral_criterions import SPECTRAL_CRITERIONS
+
+    assert list(SPECTRAL_CRITERIONS) == list(OWN_CRITERIONS)
+    loss = {"name": "compressed_magnitude", "wrapper": "fixed_order", "wrapper_conf": {}}
+    make_experiment(tmp_path / "exp", make_config(**RNN, criterions=[loss]))
+    assert main(["export", str(tmp_path / "exp")]) == 0
+    loaded = load_with_stock_espnet(tmp_path / "exp" / "export")
+    assert loaded.returncode == 0, loaded.stderr

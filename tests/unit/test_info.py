@@ -144,6 +144,26 @@ def test_errors_take_one_line(capsys, tmp_path):
         assert error.count("\n") == 1
 
 
+# Parameters that the papers state: GTCRN (ICASSP 2024), MP-SENet (2305.13686), DCCRN (2008.00264),
+# Dual-path RNN (1910.06379) and DPTNet (2007.13975).
+PUBLISHED = {"gtcrn": 23.67e3, "mp_senet": 2.05e6, "dccrn": 3.7e6, "dprnn": 2.6e6, "dptnet": 2.69e6}
+
+
+@pytest.mark.parametrize("backbone", PUBLISHED)
+def test_published_sizes_have_the_published_parameters(backbone):
+    path = REPOSITORY / "conf" / f"train_{backbone}.yaml"
+    model = build_enhancement_model(yaml.safe_load(path.read_text()))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert size == pytest.approx(PUBLISHED[backbone], rel=0.05)
+
+
+def test_a_size_of_a_yaml(capsys):
+    full, tiny = info(capsys, TCN), info(capsys, TCN, "--size", "tiny")
+    assert tiny["parameters"] < full["parameters"] / 10
+    assert main(["info", str(TCN), "--size", "huge"]) == 1
+    assert "known: tiny" in capsys.readouterr().err
+
+
 CAUSAL = {"num_spk": 1, "layer": 2, "stack": 1, "bottleneck_dim": 8, "hidden_dim": 8,
           "causal": True, "norm_type": "cLN"}  # fmt: skip
 

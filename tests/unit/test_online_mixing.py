@@ -1,6 +1,7 @@
 """On-the-fly mixing: drawn from seed, epoch and utterance alone; the settings do what they say."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from cmkt.corpus.mix import mix
 from cmkt.corpus.rooms import read_impulse_response
 from cmkt.errors import CmktError
 from cmkt.espnet_plugin.mixing import CODECS, build_mixing, codec, read_mixing_config, seeded
+from cmkt.espnet_plugin.train import fit_sample_rate
 
 ALL = REPOSITORY / "conf" / "mixing" / "all.yaml"
 
@@ -236,13 +238,33 @@ def test_a_configuration_is_scaled_to_the_rate_of_the_data(
         "n_fft": n_fft, "hop_length": n_fft // 2}  # fmt: skip
 
 
-def test_a_rate_that_does_not_fit_is_named():
-    from argparse import Namespace
-
-    from cmkt.espnet_plugin.train import fit_sample_rate
-
-    args = Namespace(
-        encoder_conf={"n_fft": 100}, decoder_conf={}, fold_length=[], sample_rate=16000
+def options(separator: str, fs: int = 16000, n_fft: int = 512, **separator_conf):
+    """Return the options that depend on the sampling rate."""
+    return Namespace(
+        encoder_conf={"n_fft": n_fft},
+        decoder_conf={},
+        separator=separator,
+        separator_conf=separator_conf,
+        fold_length=[],
+        batch_bins=16000,
+        valid_batch_bins=None,
+        sample_rate=fs,
     )
+
+
+def test_a_rate_that_does_not_fit_is_named():
     with pytest.raises(CmktError, match="n_fft 100 at 16000 Hz is no whole number at 11025 Hz"):
-        fit_sample_rate(args, 11025, True)
+        fit_sample_rate(options("rnn", n_fft=100), 11025, True)
+    for separator in ("bsrnn", "svoice"):
+        fit_sample_rate(options(separator), 16000, True)
+        with pytest.raises(CmktError, match=f"{separator} is laid out for 16000 Hz"):
+            fit_sample_rate(options(separator), 8000, True)
+
+
+def test_what_a_separator_has_of_the_rate_is_scaled_too():
+    args = options("tfgridnetv2", n_fft=512, stride=64)
+    fit_sample_rate(args, 8000, True)
+    assert (args.encoder_conf["n_fft"], args.separator_conf["stride"]) == (256, 32)
+    args = options("gtcrn", sample_rate=16000)
+    fit_sample_rate(args, 48000, True)
+    assert args.separator_conf["sample_rate"] == args.sample_rate == 48000

@@ -116,7 +116,7 @@ class MPSENetSeparator(AbsSeparator):
             the spectrum (B, T, F) of each speaker, zeros in the padding; `ilens`; and, for the
             losses, `compressed_spk<n>`, the same spectrum with compressed magnitudes.
         """
-        real, imaginary = input.real.float(), input.imag.float()
+        real, imaginary = at_least_single(input.real), at_least_single(input.imag)
         magnitude = (real.square() + imaginary.square() + FLOOR) ** (self.compression / 2)
         # Adding 0 turns the -0 that a real-valued bin may have into 0: its phase is pi, not -pi.
         phase = torch.atan2(imaginary + 0.0, real)
@@ -130,7 +130,7 @@ class MPSENetSeparator(AbsSeparator):
             else:
                 x = block(x, frames)
         x = x * frames.mask
-        masks = self.magnitude_decoder(x, frames).float()  # (B, num_spk, T, F)
+        masks = at_least_single(self.magnitude_decoder(x, frames))  # (B, num_spk, T, F)
         directions = self.phase_decoder(x, frames)  # (B, 2, num_spk, T, F)
         compressed = masks * magnitude[:, None] * frames.mask
         enhanced = compressed ** (1 / self.compression)
@@ -148,6 +148,11 @@ class MPSENetSeparator(AbsSeparator):
     def num_spk(self) -> int:
         """Number of speakers in the output."""
         return self._num_spk
+
+
+def at_least_single(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of half precision in single precision, and others as they are."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Frames:
@@ -176,7 +181,7 @@ class MaskedInstanceNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, frames: Frames) -> torch.Tensor:
         """Normalise x (B, C, T, F)."""
-        x = x.float()  # half precision has no room for sums over a spectrum
+        x = at_least_single(x)  # half precision has no room for sums over a spectrum
         count = frames.mask.sum((2, 3), keepdim=True) * x.shape[3]  # (B, 1, 1, 1)
         x = x - (x * frames.mask).sum((2, 3), keepdim=True) / count
         variance = (x.square() * frames.mask).sum((2, 3), keepdim=True) / count
@@ -293,7 +298,7 @@ class PhaseDecoder(nn.Module):
     def forward(self, x: torch.Tensor, frames: Frames) -> torch.Tensor:
         """Decode x (B, C, T, F')."""
         x = self.upsample(self.dense(x, frames), frames)
-        pair = torch.stack([self.real(x), self.imaginary(x)], 1).float()
+        pair = at_least_single(torch.stack([self.real(x), self.imaginary(x)], 1))
         return pair * torch.rsqrt(pair.square().sum(1, keepdim=True) + FLOOR)
 
 
