@@ -196,8 +196,8 @@ def fit_sample_rate(args: argparse.Namespace, fs: int | None, stated: bool) -> N
     """Scale a configuration to the sampling rate of the data.
 
     Args:
-        args: ESPnet's options, changed in place: the STFT or convolution of encoder, decoder and
-            separator, `fold_length`, `batch_bins` and `sample_rate`.
+        args: ESPnet's options, changed in place: the STFT or convolution of encoder, decoder,
+            separator and losses, `fold_length`, `batch_bins` and `sample_rate`.
         fs: of the data, in Hz; None where it is not known.
         stated: whether `sample_rate` is the user's word; ESPnet's default of 8000 says nothing.
 
@@ -218,7 +218,8 @@ def fit_sample_rate(args: argparse.Namespace, fs: int | None, stated: bool) -> N
             )
         return value * fs // args.sample_rate
 
-    for conf in (args.encoder_conf, args.decoder_conf):
+    losses = [criterion.get("conf") or {} for criterion in args.criterions]
+    for conf in (args.encoder_conf, args.decoder_conf, *losses):
         for key in ("n_fft", "win_length", "hop_length", "kernel_size", "stride"):
             if conf.get(key):
                 conf[key] = scaled(key, conf[key])

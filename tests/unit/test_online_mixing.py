@@ -245,6 +245,7 @@ def options(separator: str, fs: int = 16000, n_fft: int = 512, **separator_conf)
         decoder_conf={},
         separator=separator,
         separator_conf=separator_conf,
+        criterions=[{"name": "consistency", "conf": {"n_fft": n_fft}}, {"name": "l1_fd"}],
         fold_length=[],
         batch_bins=16000,
         valid_batch_bins=None,
@@ -265,6 +266,7 @@ def test_what_a_separator_has_of_the_rate_is_scaled_too():
     args = options("tfgridnetv2", n_fft=512, stride=64)
     fit_sample_rate(args, 8000, True)
     assert (args.encoder_conf["n_fft"], args.separator_conf["stride"]) == (256, 32)
+    assert args.criterions[0]["conf"]["n_fft"] == 256
     args = options("gtcrn", sample_rate=16000)
     fit_sample_rate(args, 48000, True)
     assert args.separator_conf["sample_rate"] == args.sample_rate == 48000
