@@ -39,7 +39,7 @@ for config in $enh_config; do
 done
 [ "$text_source" != none ] || { uses_text=false; train_args+=" --transfer none"; }
 llm_config=$(find_file "$llm_config") llm_tag=$(basename "$llm_config" .yaml)
-[ -z "$size" ] || { train_args+=" --size $size"; expdir+=_$size; }
+[ -z "$size" ] || { train_args+=" --size $size"; expdir+=_$size results=${results%.md}_$size.md; }
 [ "$text_source" = transcript ] || llm_tag+=_${text_source/:/}
 llm_dir=$dumpdir/llm/$llm_tag
 [ -z "$mixing_config" ] || { mixing_config=$(find_file "$mixing_config"); train_args+=" --mixing_config $mixing_config"; }
