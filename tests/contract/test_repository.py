@@ -80,6 +80,13 @@ def test_cluster_configuration_names_a_cluster_that_takes_its_options(path):
         assert conf["options"]["walltime"] in cluster.job_script()
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_no_loss_is_blind_to_sign_and_level(path):
+    """With SI-SNR in the loss a training may end with inverted speech, which no metric shows."""
+    names = [criterion["name"] for criterion in yaml.safe_load(path.read_text())["criterions"]]
+    assert not {"si_snr", "ci_sdr", "fast_bss_eval_si_sdr"} & set(names)
+
+
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.endswith("_cmkt")], ids=str)
 def test_twin_differs_by_the_transfer_keys_only(path):
     twin = yaml.safe_load(path.read_text())
