@@ -29,8 +29,8 @@ class Word(NamedTuple):
     end: float
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """Yield the number of each line, the line, and its first five columns."""
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of each line and its first five columns."""
     try:
         with path.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
@@ -41,7 +41,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, list[str]]]:
                             f"{len(columns)} columns", path, number,
                             "each line is `<utterance> <channel> <start> <duration> <word>`",
                         )  # fmt: skip
-                    yield number, line, columns
+                    yield number, columns
     except FileNotFoundError as error:
         raise CmktError("no such file", path) from error
     except UnicodeDecodeError as error:
@@ -65,7 +65,7 @@ def read_word_times(
             the line.
     """
     path, words = Path(path), {}
-    for number, _, (utterance, _, start, duration, text) in _lines(path):
+    for number, (utterance, _, start, duration, text) in _lines(path):
         if utterances is not None and utterance not in utterances:
             continue
         try:

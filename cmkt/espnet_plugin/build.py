@@ -56,6 +56,8 @@ OWN_SEPARATORS = {
     "gtcrn": "cmkt.espnet_plugin.separators.gtcrn:GTCRNSeparator",
     "mp_senet": "cmkt.espnet_plugin.separators.mp_senet:MPSENetSeparator",
 }
+# What may stand in a configuration.
+PARTS = {"encoder": ENCODERS, "separator": SEPARATORS | OWN_SEPARATORS, "decoder": DECODERS}
 # Losses of ours (spectral_criterions.py), which no enhancement needs.
 OWN_CRITERIONS = ("compressed_magnitude", "compressed_complex", "anti_wrapping_phase",
                   "consistency", "relative_l1")  # fmt: skip
@@ -105,14 +107,12 @@ def build_enhancement_model(config: dict):
         raise CmktError("diffusion models cannot be built", remedy="train one with a separator")
     if config.get("feedback"):
         config = {**config, "separator": config["separator"].removeprefix("cmkt_")}
-    separators = SEPARATORS | OWN_SEPARATORS
-    tables = {"encoder": ENCODERS, "separator": separators, "decoder": DECODERS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about ESPnet's own code
         from espnet2.enh.espnet_model import ESPnetEnhancementModel
 
-        classes = [find_class(kind, config.get(kind), table) for kind, table in tables.items()]
-    confs = [config.get(f"{kind}_conf") or {} for kind in tables]
+        classes = [find_class(kind, config.get(kind), table) for kind, table in PARTS.items()]
+    confs = [config.get(f"{kind}_conf") or {} for kind in PARTS]
     try:
         encoder = classes[0](**confs[0])
         separator = classes[1](encoder.output_dim, **confs[1])
@@ -139,6 +139,13 @@ def build_enhancement_model(config: dict):
             f"the model cannot be built: {error}",
             remedy="the configuration may come from another version of ESPnet",
         ) from error
+
+
+def can_stream(separator) -> bool:
+    """Tell whether a separator has a method of its own for frame after frame."""
+    from espnet2.enh.separator.abs_separator import AbsSeparator
+
+    return type(separator).forward_streaming is not AbsSeparator.forward_streaming
 
 
 def _add_feedback(encoder, separator, config: dict) -> None:

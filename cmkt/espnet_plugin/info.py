@@ -25,6 +25,7 @@ from cmkt.espnet_plugin.receptive_field import (
     find_receptive_field,
     make_recurrences_remember,
 )
+from cmkt.espnet_plugin.sizes import apply_size
 from cmkt.settings import read_mapping
 
 SECONDS = 4  # MACs are not linear in the length: an STFT has a frame at each end, attention squares
@@ -51,8 +52,6 @@ def run(args) -> None:
         raise CmktError("--linguistic_dim must be at least 1")
     config = read_config(args.model)
     if args.size is not None:
-        from cmkt.espnet_plugin.sizes import apply_size
-
         if args.model.is_dir():
             raise CmktError("--size is for training YAMLs", args.model)
         config = apply_size(config, args.model, args.size)
@@ -104,10 +103,9 @@ def describe(config: dict, linguistic_dim: int | None = None) -> dict:
         `sample_rate` in Hz, `parameters`, `transfer_parameters` (None: not known without
         `linguistic_dim`), `macs_per_second`, `receptive_field` (`past` and `future` in seconds;
         None: `receptive_field.SECONDS` or more), `latency` in ms (None: not causal), `normalises`
-        (whether the level of the whole signal is needed first), `taps` (module, side and width of
-        each) and
-        `feedback` (`parameters`, `macs_per_second`, `share_of_parameters` and `share_of_macs` in
-        per cent; None without adapter).
+        (whether the level of the whole signal is needed first), `taps` (module, side, layout, width
+        and frames per second of each) and `feedback` (`parameters`, `macs_per_second`,
+        `share_of_parameters` and `share_of_macs` in per cent; None without adapter).
 
     Raises:
         CmktError: the model cannot be built.

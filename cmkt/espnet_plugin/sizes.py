@@ -1,8 +1,8 @@
 """The same training at another size: `--size NAME` of `cmkt train` and `cmkt info`.
 
 A size file lies in the folder `size` beside the training YAML (for a recipe's own YAML, in the
-repository's conf/size). Its key `all` changes the training,
-and a key for each separator changes the model:
+repository's conf/size). Its key `all` changes the training, and a key for each separator changes
+the model:
 
     all:
       batch_bins: 256000
@@ -14,6 +14,7 @@ import inspect
 from pathlib import Path
 
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.build import PARTS, find_class
 from cmkt.settings import read_mapping
 
 ALL = "all"
@@ -21,7 +22,7 @@ ALL = "all"
 TRAINING = ("batch_type", "batch_bins", "valid_batch_bins", "batch_size", "fold_length",
             "accum_grad", "max_epoch", "patience", "optim_conf", "scheduler_conf", "grad_clip",
             "num_workers", "fast_cpu", "use_amp")  # fmt: skip
-PARTS = ("encoder_conf", "separator_conf", "decoder_conf")
+MODEL = tuple(f"{kind}_conf" for kind in PARTS)
 
 
 def apply_size(config: dict, config_path: str | Path, name: str) -> dict:
@@ -69,9 +70,7 @@ def _size_folder(config: Path) -> Path:
 
 def _check(sizes: dict, path: Path) -> None:
     """Refuse a section that is no separator, and a key that no size can change."""
-    from cmkt.espnet_plugin.build import OWN_SEPARATORS, SEPARATORS
-
-    separators = SEPARATORS | OWN_SEPARATORS
+    separators = PARTS["separator"]
     for section, content in sizes.items():
         if section != ALL and section not in separators:
             raise CmktError(
@@ -80,7 +79,7 @@ def _check(sizes: dict, path: Path) -> None:
             )  # fmt: skip
         if content is not None and not isinstance(content, dict):
             raise CmktError(f"{section} must be a mapping", path, _line_of(path, section))
-        known = TRAINING if section == ALL else PARTS
+        known = TRAINING if section == ALL else MODEL
         for key, value in (content or {}).items():
             where = (path, _line_of(path, section, key))
             if key not in known:
@@ -93,20 +92,11 @@ def _check(sizes: dict, path: Path) -> None:
 
 def _check_part(config: dict, path: Path, separator: str, part: str, content: dict) -> None:
     """Refuse a key that neither the training YAML nor the part itself has."""
-    from cmkt.espnet_plugin.build import (
-        DECODERS,
-        ENCODERS,
-        OWN_SEPARATORS,
-        SEPARATORS,
-        find_class,
-    )
-
     unknown = [key for key in content if key not in (config.get(part) or {})]
     if not unknown:
         return
-    tables = {"encoder": ENCODERS, "separator": SEPARATORS | OWN_SEPARATORS, "decoder": DECODERS}
     kind = part.removesuffix("_conf")
-    taken = inspect.signature(find_class(kind, config.get(kind), tables[kind])).parameters
+    taken = inspect.signature(find_class(kind, config.get(kind), PARTS[kind])).parameters
     for key in unknown:
         if key not in taken:
             raise CmktError(

@@ -10,12 +10,11 @@ log1p.
 from collections import OrderedDict
 
 import torch
-from espnet2.enh.layers.complex_utils import is_complex
 from espnet2.enh.separator.abs_separator import AbsSeparator
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from cmkt.errors import CmktError
+from cmkt.espnet_plugin.separators.spectrum import require_spectrum
 from cmkt.transfer.settings import truth, whole
 
 SMALLEST_POWER = 1e-12  # keeps the gradient of a magnitude finite in silence
@@ -61,11 +60,7 @@ class BLSTMSumSeparator(AbsSeparator):
         Raises:
             CmktError: the input is not complex.
         """
-        if not is_complex(input):
-            raise CmktError(
-                "separator blstm_sum needs a complex spectrum",
-                remedy="set encoder: stft and decoder: stft",
-            )
+        require_spectrum("blstm_sum", input)
         power = input.real.square() + input.imag.square()
         magnitude = power.clamp(min=SMALLEST_POWER).sqrt()  # (B, T, F)
         lengths = ilens.cpu()

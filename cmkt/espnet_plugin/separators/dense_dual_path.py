@@ -14,13 +14,13 @@ past, and the transformers along time know the lengths.
 from collections import OrderedDict
 
 import torch
-from espnet2.enh.layers.complex_utils import is_complex, new_complex_like
+from espnet2.enh.layers.complex_utils import new_complex_like
 from espnet2.enh.separator.abs_separator import AbsSeparator
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from cmkt.errors import CmktError
+from cmkt.espnet_plugin.separators.spectrum import require_spectrum
 from cmkt.transfer.sequences import lengths_to_mask
 from cmkt.transfer.settings import whole
 
@@ -88,11 +88,7 @@ class DenseDualPathSeparator(AbsSeparator):
         Raises:
             CmktError: the input is not complex.
         """
-        if not is_complex(input):
-            raise CmktError(
-                "separator dense_dual_path needs a complex spectrum",
-                remedy="set encoder: stft and decoder: stft",
-            )
+        require_spectrum("dense_dual_path", input)
         frames, frequencies = input.shape[1:]
         # Equal lengths need no mask and no packing, which are slow.
         lengths = ilens if bool((ilens < frames).any()) else None

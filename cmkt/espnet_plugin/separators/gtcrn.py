@@ -15,12 +15,13 @@ from collections import OrderedDict
 from itertools import repeat
 
 import torch
-from espnet2.enh.layers.complex_utils import is_complex, new_complex_like
+from espnet2.enh.layers.complex_utils import new_complex_like
 from espnet2.enh.separator.abs_separator import AbsSeparator
 from torch import nn
 
 from cmkt.errors import CmktError
 from cmkt.espnet_plugin.frame_by_frame import MergedGRU, fold_normalisation
+from cmkt.espnet_plugin.separators.spectrum import require_spectrum
 from cmkt.transfer.sequences import lengths_to_mask
 
 LINEAR_UNTIL = 2000.0  # Hz; the bins up to here are kept, those above are merged
@@ -370,10 +371,7 @@ class GTCRNSeparator(AbsSeparator):
 
     def _process(self, input, states: list | None, valid: torch.Tensor | None):
         """Enhance frames; `states` are those of the blocks, `valid` is as in `FrameNorm`."""
-        if not is_complex(input) or input.dim() != 3:
-            raise CmktError(
-                "separator gtcrn takes a complex spectrum of one channel", remedy="encoder: stft"
-            )
+        require_spectrum("gtcrn", input)
         earlier, states = iter(states) if states else repeat(None), []
         real, imaginary = input.real, input.imag
         # The magnitude has a gradient at 0 too.

@@ -12,6 +12,7 @@ so that a batch of utterances of several lengths gives what each gives alone:
 """
 
 from collections import OrderedDict
+from itertools import repeat
 
 import torch
 from espnet2.enh.layers.complex_utils import new_complex_like
@@ -22,6 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from cmkt.errors import CmktError
+from cmkt.espnet_plugin.separators.spectrum import require_spectrum
 from cmkt.transfer.sequences import lengths_to_mask
 from cmkt.transfer.settings import choice, number, whole
 
@@ -116,6 +118,7 @@ class MPSENetSeparator(AbsSeparator):
             the spectrum (B, T, F) of each speaker, zeros in the padding; `ilens`; and, for the
             losses, `compressed_spk<n>`, the same spectrum with compressed magnitudes.
         """
+        require_spectrum("mp_senet", input)
         real, imaginary = at_least_single(input.real), at_least_single(input.imag)
         magnitude = (real.square() + imaginary.square() + FLOOR) ** (self.compression / 2)
         # Adding 0 turns the -0 that a real-valued bin may have into 0: its phase is pi, not -pi.
@@ -334,7 +337,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """Attend within each of the sequences x (N, L, C)."""
         if len(x) > MOST_SEQUENCES:
-            known = [None] * len(x) if valid is None else valid.split(MOST_SEQUENCES)
+            known = repeat(None) if valid is None else valid.split(MOST_SEQUENCES)
             parts = zip(x.split(MOST_SEQUENCES), known, strict=False)
             return torch.cat([self(*part) for part in parts])
         steps = self.enter(self.norm(x)).unflatten(2, (3, self.heads, -1))  # (N, L, 3, H, C / H)
